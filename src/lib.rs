@@ -1,1 +1,3 @@
-//! kvpush
+//! kvpush moves LLM KV-cache pages from prefill memory straight into decode memory.
+
+pub mod fabric;

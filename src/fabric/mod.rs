@@ -1,0 +1,107 @@
+//! The fabrics: one pair of traits, several ways of moving bytes into a peer's memory.
+//!
+//! A [`Device`] is one opened rail (a NIC port, or its stand-in): it reports capabilities and registers memory, and
+//! any thread may call it. A [`Context`] is that rail's data path: completion queue, lanes (reliable-connected queue
+//! pairs) and their work queues. Exactly one thread owns a context, so the hot path takes no lock.
+//!
+//! The semantics are those of RDMA reliable connections (InfiniBand Architecture Specification, vol. 1, ch. 9 and 10),
+//! whatever the implementation:
+//!
+//! * writes posted to one lane are placed in order, and the receive completion of a write with immediate is delivered
+//!   only after every earlier write of that lane has been placed; nothing orders two lanes;
+//! * a send completion means the peer's memory holds the bytes;
+//! * a write with immediate consumes one posted receive at the peer;
+//! * a lane that fails flushes all of its posted requests with [`Status::Flushed`] and stays failed until destroyed;
+//! * after [`Context::fence_lane`] returns, no write of the peer through that lane can change local memory.
+//!
+//! The caller reserves send, receive and completion-queue slots before it uses them; a fabric reports overflow as an
+//! error and never queues beyond its depths.
+
+mod caps;
+mod error;
+mod request;
+
+pub use caps::{Capabilities, DeviceInfo, FabricKind, LinkState};
+pub use error::{FabricError, FabricErrorKind, PostError};
+pub use request::{
+    Access, Completion, CompletionKind, LaneAddress, LaneConfig, LaneId, LocalKey, MemoryKeys,
+    MrId, Opcode, RemoteKey, Sge, Status, WorkRequest,
+};
+
+use std::{net::IpAddr, os::fd::RawFd, sync::Arc};
+
+/// One opened rail: capabilities and memory registration. Any thread may call.
+pub trait Device: Send + Sync {
+    /// What this rail is and what it can do, as asked from the device.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Registers `[address, address + length)` for local use and for what `access` allows the peers.
+    ///
+    /// # Safety
+    ///
+    /// The range must stay mapped, readable and (if `access` or local use writes it) writable until
+    /// [`Context::deregister`] of the returned key has succeeded on every context of this device or the device and
+    /// all of its contexts are dropped. Remote peers may change it at any time while it is registered, so nobody may
+    /// hold a Rust reference to bytes that a peer may write.
+    unsafe fn register(
+        &self,
+        address: u64,
+        length: u64,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError>;
+
+    /// Opens the data path. A device serves one context.
+    fn open_context(
+        self: Arc<Self>,
+        completion_depth: u32,
+    ) -> Result<Box<dyn Context>, FabricError>;
+}
+
+/// The data path of one rail. One thread owns it; nothing here blocks.
+pub trait Context: Send {
+    /// Ends a registration. No lane may have requests in flight that use it; afterwards no peer can reach it.
+    fn deregister(&mut self, mr: MrId) -> Result<(), FabricError>;
+
+    /// Creates a lane in the unconnected state, with `config.receive_depth` receives posted, and says how a peer
+    /// reaches it.
+    fn create_lane(&mut self, config: &LaneConfig) -> Result<(LaneId, LaneAddress), FabricError>;
+
+    /// Connects `lane` to the peer's lane `remote`, found at `host` where the fabric needs a network address. The
+    /// dialling side has `dial` set; on both sides the lane accepts posts once this has returned.
+    fn connect_lane(
+        &mut self,
+        lane: LaneId,
+        remote: &LaneAddress,
+        host: IpAddr,
+        dial: bool,
+    ) -> Result<(), FabricError>;
+
+    /// Posts `requests` in order; each names its gather list as a range of `sges`. On error, `posted` requests have
+    /// been accepted and the rest have not.
+    fn post(
+        &mut self,
+        lane: LaneId,
+        requests: &[WorkRequest],
+        sges: &[Sge],
+    ) -> Result<(), PostError>;
+
+    /// Replenishes `count` consumed receives of `lane`.
+    fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError>;
+
+    /// Makes progress and appends at most a bounded number of completions to `out`.
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError>;
+
+    /// Prepares to sleep on [`Context::wait_fd`]. Returns `false` if completions may already be waiting, in which
+    /// case the caller polls again instead.
+    fn arm(&mut self) -> Result<bool, FabricError>;
+
+    /// The descriptor that becomes readable when an armed context has something to [`poll`](Context::poll).
+    fn wait_fd(&self) -> RawFd;
+
+    /// Moves `lane` to the error state. On return no later or earlier write of the peer through it can land.
+    /// Outstanding local requests complete as [`Status::Flushed`].
+    fn fence_lane(&mut self, lane: LaneId) -> Result<(), FabricError>;
+
+    /// Fences and frees `lane`. Its outstanding completions are discarded.
+    fn destroy_lane(&mut self, lane: LaneId) -> Result<(), FabricError>;
+}
