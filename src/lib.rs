@@ -3,4 +3,5 @@
 #![cfg_attr(not(test), allow(dead_code))]
 pub mod fabric;
 pub mod kv;
+pub mod memory;
 mod protocol;

@@ -22,4 +22,4 @@ pub(crate) use credits::{ReceiveCredits, SendCredits};
 pub(crate) use ledger::{Batch, LaneLedger};
 pub(crate) use parts::{Blocks, PartMap, PartOutcome};
 pub(crate) use push::{PushAction, PushEnd, PushMachine};
-pub use time::Time;
+pub(crate) use time::Time;

@@ -8,11 +8,11 @@ use std::{
 
 /// A point in time in nanoseconds since an origin that only the owner of the clock knows. Monotonic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Time(pub u64);
+pub(crate) struct Time(pub(crate) u64);
 
 impl Time {
     /// The time from `self` until `later`, zero if that has passed.
-    pub fn until(self, later: Time) -> Duration {
+    pub(crate) fn until(self, later: Time) -> Duration {
         Duration::from_nanos(later.0.saturating_sub(self.0))
     }
 }

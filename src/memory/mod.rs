@@ -1,0 +1,44 @@
+//! What NICs may touch: memory that stays where it is while it is registered.
+//!
+//! A peer writes registered memory at any moment, without this process taking part. So the library never makes a Rust
+//! reference to it; bytes go in and out by copies through raw pointers, and an arrival that has completed is what says
+//! that a range is at rest.
+
+mod error;
+mod host;
+mod registry;
+
+pub use error::MemoryError;
+pub use host::{HostMemory, HugePages};
+pub use registry::Region;
+
+/// The kind of a piece of memory, for people and for choosing how to register it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MemoryKind {
+    /// Anonymous host memory of ordinary pages.
+    Host,
+    /// Host memory of huge pages of this many bytes.
+    HugePages(u64),
+    /// A memory file, which another process can map.
+    Memfd,
+    /// Host memory that the caller owns.
+    Borrowed,
+}
+
+/// A range of memory that can be registered with NICs.
+///
+/// # Safety
+///
+/// The range `[address, address + length)` must stay mapped, readable and writable, at the same place, until the value
+/// is dropped, and nobody may hold a Rust reference into it while it is registered.
+pub unsafe trait Memory: Send + Sync + std::fmt::Debug {
+    /// Address of the first byte.
+    fn address(&self) -> u64;
+
+    /// Bytes.
+    fn length(&self) -> u64;
+
+    /// What kind it is.
+    fn kind(&self) -> MemoryKind;
+}
