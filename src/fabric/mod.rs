@@ -21,6 +21,8 @@ mod caps;
 mod error;
 mod request;
 
+pub mod verbs;
+
 pub use caps::{Capabilities, DeviceInfo, FabricKind, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};
 pub use request::{

@@ -1,0 +1,64 @@
+//! How an endpoint behaves. Every figure has a default; the builder changes them.
+
+use std::time::Duration;
+
+use crate::{fabric::{FabricKind, verbs::VerbsConfig}, wire::Auth};
+
+/// How the driver thread waits for work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polling {
+    /// Spins for this long after the last event, then sleeps until the next one. Idle costs nothing.
+    Adaptive(Duration),
+    /// Spins always. Lowest latency, one whole core.
+    Busy,
+}
+
+/// An endpoint's settings.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) name: String,
+    pub(crate) auth: Option<Auth>,
+    pub(crate) fabrics: Vec<FabricKind>,
+    pub(crate) devices: Option<Vec<String>>,
+    pub(crate) advertise: Vec<String>,
+    pub(crate) lanes_per_rail: u16,
+    pub(crate) send_depth: u32,
+    pub(crate) receive_depth: u32,
+    pub(crate) max_sge: u32,
+    pub(crate) max_inline: u32,
+    pub(crate) max_write: u32,
+    pub(crate) parts_per_layer: u16,
+    pub(crate) tail_capacity: u32,
+    pub(crate) max_grants: u32,
+    pub(crate) open_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) revoke_grace: Duration,
+    pub(crate) polling: Polling,
+    pub(crate) verbs: VerbsConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            auth: None,
+            fabrics: vec![FabricKind::Verbs, FabricKind::Tcp],
+            devices: None,
+            advertise: Vec::new(),
+            lanes_per_rail: 2,
+            send_depth: 256,
+            receive_depth: 256,
+            max_sge: 16,
+            max_inline: 220,
+            max_write: 1 << 28,
+            parts_per_layer: 4,
+            tail_capacity: 1016,
+            max_grants: 1024,
+            open_timeout: Duration::from_secs(10),
+            drain_timeout: Duration::from_secs(5),
+            revoke_grace: Duration::from_millis(500),
+            polling: Polling::Adaptive(Duration::from_micros(20)),
+            verbs: VerbsConfig::default(),
+        }
+    }
+}
