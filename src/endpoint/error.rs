@@ -1,0 +1,440 @@
+//! Errors of endpoints, grants, pushes and arrivals.
+//!
+//! Errors that several waiters of one push or arrival can receive are `Clone`.
+
+use std::{fmt, time::Duration};
+
+use crate::{
+    fabric::{FabricError, FabricKind, LaneId, Status},
+    kv::{HeadRange, LayoutError, PlanError, pages::PageError},
+    memory::MemoryError,
+    wire::{GoodbyeCode, GrantError, Incarnation, RefuseCode, RejectCode, RevokeReason, WireError},
+};
+
+/// Why an endpoint could not be made or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EndpointError {
+    /// No [`Auth`](crate::Auth) was given.
+    #[error("no authentication was chosen (hint: Builder::auth with a pre-shared key; Auth::insecure_plaintext() for tests)")]
+    NoAuth,
+    /// A setting makes no sense.
+    #[error("{setting} = {value}: {why}")]
+    Setting {
+        /// Its name.
+        setting: &'static str,
+        /// The value given.
+        value: String,
+        /// Why not.
+        why: &'static str,
+    },
+    /// The control address could not be bound, or a thread not started.
+    #[error("{operation} {address}: {source}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// With which address.
+        address: String,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// None of the wanted fabrics has a usable rail.
+    #[error("no usable rail: {}", Reasons(_0))]
+    NoRail(Vec<String>),
+    /// A fabric failed.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    /// Memory could not be registered.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A pool's layout does not fit its memory, or is impossible.
+    #[error("layout: {0}")]
+    Layout(#[from] LayoutError),
+    /// The endpoint has been shut down.
+    #[error("the endpoint is shut down")]
+    Closed,
+}
+
+struct Reasons<'a>(&'a [String]);
+
+impl fmt::Display for Reasons<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("no fabric was asked for");
+        }
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+impl EndpointError {
+    /// Whether the same call can succeed later without a change of configuration.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Fabric(error) => error.is_retryable(),
+            Self::Memory(error) => error.is_retryable(),
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::AddrInUse,
+            _ => false,
+        }
+    }
+}
+
+/// Why a pool did not issue a grant. Nothing is reserved then.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum IssueError {
+    /// No page, or more than a grant or its parts can count.
+    #[error("a grant of {pages} pages in {parts_per_layer} parts for each of {layers} layers cannot be counted")]
+    Size {
+        /// Pages asked for.
+        pages: usize,
+        /// Layers of the pool.
+        layers: usize,
+        /// Parts of each layer.
+        parts_per_layer: u16,
+    },
+    /// A page does not exist or occurs twice.
+    #[error(transparent)]
+    Page(#[from] PageError),
+    /// A live grant has the page.
+    #[error("page {page} belongs to a live grant (hint: wait for that arrival's end or revoke it)")]
+    PageBusy {
+        /// The page.
+        page: u32,
+    },
+    /// The pool does not hold these heads.
+    #[error("{wanted} are not all held by the pool's layer {layer}")]
+    Heads {
+        /// What was asked for.
+        wanted: HeadRange,
+        /// The layer that lacks some.
+        layer: usize,
+    },
+    /// The deadline is zero.
+    #[error("a grant needs time: its deadline is zero")]
+    NoTime,
+    /// All grant slots are in use.
+    #[error("{limit} grants are live, which is the limit (Builder::max_grants)")]
+    TooMany {
+        /// The limit.
+        limit: u32,
+    },
+    /// The request's name is too long, or another part of the grant cannot be encoded.
+    #[error("the grant cannot be encoded: {0}")]
+    Encode(#[from] GrantError),
+    /// The endpoint has been shut down.
+    #[error("the endpoint is shut down")]
+    Closed,
+}
+
+impl IssueError {
+    /// Whether the same call can succeed later: when other grants have ended.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::PageBusy { .. } | Self::TooMany { .. })
+    }
+}
+
+/// Why the peer is not reachable, or not any more.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeerError {
+    /// It could not be dialled, or the control connection broke, or failed to authenticate.
+    #[error("control connection to {peer}: {detail}")]
+    Control {
+        /// Its address.
+        peer: String,
+        /// What happened.
+        detail: String,
+        /// Whether dialling again may help.
+        retryable: bool,
+    },
+    /// It answers, but is another incarnation than the one that issued the grant: it has restarted.
+    #[error("{peer} is incarnation {found}, the grant is of {expected}: the peer has restarted since")]
+    Restarted {
+        /// Its address.
+        peer: String,
+        /// Who answered.
+        found: Incarnation,
+        /// Who issued the grant.
+        expected: Incarnation,
+    },
+    /// It refused the session.
+    #[error("{peer} refused the session: {code}: {detail}")]
+    Rejected {
+        /// Its address.
+        peer: String,
+        /// Why.
+        code: RejectCode,
+        /// Its words.
+        detail: String,
+    },
+    /// It ended the session.
+    #[error("{peer} ended the session: {code}: {detail}")]
+    Goodbye {
+        /// Its address.
+        peer: String,
+        /// Why.
+        code: GoodbyeCode,
+        /// Its words.
+        detail: String,
+    },
+    /// A lane to it failed.
+    #[error("{peer}: {fabric} {device}, {lane}: {status:?} (vendor error {vendor_error:#x}){}", hint(*status))]
+    Lane {
+        /// Its address.
+        peer: String,
+        /// The fabric.
+        fabric: FabricKind,
+        /// Our device.
+        device: String,
+        /// Our lane.
+        lane: LaneId,
+        /// How the request ended that failed first.
+        status: Status,
+        /// The vendor's code for it.
+        vendor_error: u32,
+    },
+    /// The fabric failed below a lane to it.
+    #[error("{peer}: {source}")]
+    Fabric {
+        /// Its address.
+        peer: String,
+        /// Why.
+        source: FabricError,
+    },
+    /// It sent what it must not.
+    #[error("{peer} broke the protocol: {detail}")]
+    Protocol {
+        /// Its address.
+        peer: String,
+        /// How.
+        detail: String,
+    },
+    /// It did not answer in time, so its lanes were fenced.
+    #[error("{peer} did not answer within {waited:?}; its lanes were fenced")]
+    Silent {
+        /// Its address.
+        peer: String,
+        /// How long it had.
+        waited: Duration,
+    },
+    /// This endpoint has been shut down.
+    #[error("the endpoint is shut down")]
+    Closed,
+}
+
+fn hint(status: Status) -> &'static str {
+    match status {
+        Status::RetryExceeded => " (hint: peer gone, or packets lost: check the link, PFC and the traffic class)",
+        Status::RemoteAccess => " (hint: the peer's registration is gone or does not allow the access)",
+        Status::RnrRetryExceeded => " (hint: the peer posts no receives; is it stopped?)",
+        _ => "",
+    }
+}
+
+impl PeerError {
+    /// Whether a new attempt with a new grant may succeed.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Control { retryable, .. } => *retryable,
+            Self::Rejected { code, .. } => *code == RejectCode::Busy,
+            Self::Restarted { .. } | Self::Lane { .. } | Self::Silent { .. } | Self::Goodbye { .. } => true,
+            Self::Fabric { source, .. } => source.is_retryable(),
+            Self::Protocol { .. } | Self::Closed => false,
+        }
+    }
+}
+
+/// Why a push did not go on. Whichever it is, nothing of the push is in flight any more when it is reported by
+/// `finish`, so the source pages may be reused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PushError {
+    /// The call is wrong; nothing was written by it and the push goes on.
+    #[error(transparent)]
+    Input(#[from] PushInputError),
+    /// The source pool and the granted pool do not match.
+    #[error("the pools do not match: {0}")]
+    Mismatch(#[from] PlanError),
+    /// The reader refused the grant.
+    #[error("the grant was refused: {code}: {detail}")]
+    Refused {
+        /// Why.
+        code: RefuseCode,
+        /// The reader's words.
+        detail: String,
+    },
+    /// The reader took the grant back.
+    #[error("the grant was taken back: {0}")]
+    Revoked(RevokeReason),
+    /// The deadline passed.
+    #[error("the deadline has passed")]
+    Expired,
+    /// This side cancelled it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The peer is not reachable.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+}
+
+impl PushError {
+    /// Whether a new attempt with a new grant may succeed.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => code.is_retryable(),
+            Self::Peer(error) => error.is_retryable(),
+            Self::Expired | Self::Revoked(_) => true,
+            Self::Input(_) | Self::Mismatch(_) | Self::Cancelled => false,
+        }
+    }
+}
+
+/// A wrong call of a push. Nothing was written by it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PushInputError {
+    /// No such layer.
+    #[error("layer {layer} does not exist, there are {layers}")]
+    Layer {
+        /// The layer.
+        layer: usize,
+        /// Layers there are.
+        layers: usize,
+    },
+    /// The positions do not exist in the grant.
+    #[error("positions {first}..+{count} are outside of a grant of {granted} pages")]
+    Positions {
+        /// First position.
+        first: usize,
+        /// Number of pages given.
+        count: usize,
+        /// Pages of the grant.
+        granted: usize,
+    },
+    /// A source page does not exist or occurs twice.
+    #[error("source: {0}")]
+    Page(#[from] PageError),
+    /// The position has been pushed before.
+    #[error("position {position} of layer {layer} has been pushed before")]
+    Repeated {
+        /// The layer.
+        layer: usize,
+        /// The position in the grant.
+        position: usize,
+    },
+    /// Not everything has been pushed yet.
+    #[error("layer {layer} lacks {missing} pages; push them before finishing")]
+    Incomplete {
+        /// The first layer that is incomplete.
+        layer: usize,
+        /// Pages missing of it.
+        missing: usize,
+    },
+    /// The tail is longer than the grant has room for.
+    #[error("a tail of {length} bytes does not fit into {capacity}")]
+    Tail {
+        /// Its length.
+        length: usize,
+        /// Room for it.
+        capacity: usize,
+    },
+    /// `finish` or `cancel` was called before.
+    #[error("the push is already finished")]
+    Finished,
+}
+
+/// Why an arrival did not complete. When it is reported, no write of the grant can land any more, so the pages may be
+/// reused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ArrivalError {
+    /// The deadline passed.
+    #[error("the deadline has passed with {missing} of {parts} parts missing")]
+    Expired {
+        /// Parts missing.
+        missing: u32,
+        /// Parts in all.
+        parts: u32,
+    },
+    /// Taken back by this side.
+    #[error("revoked")]
+    Revoked,
+    /// The writer gave up.
+    #[error("the writer gave up: {detail}")]
+    Abandoned {
+        /// Its words.
+        detail: String,
+    },
+    /// The writer is lost.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+}
+
+impl ArrivalError {
+    /// Whether a new grant for the same pages may succeed.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Expired { .. } | Self::Abandoned { .. } => true,
+            Self::Revoked => false,
+            Self::Peer(error) => error.is_retryable(),
+        }
+    }
+}
+
+/// A wait that ended before what was waited for. The thing itself goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not there yet after {0:?}")]
+pub struct WaitTimeout(pub Duration);
+
+/// Why one-sided access failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccessError {
+    /// The range is outside of the local or the remote region.
+    #[error("bytes {offset}..+{length} are outside of the {side} region of {capacity} bytes")]
+    OutOfRange {
+        /// `local` or `remote`.
+        side: &'static str,
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        length: u64,
+        /// Bytes there are.
+        capacity: u64,
+    },
+    /// The export does not allow it.
+    #[error("the export does not allow to {0}")]
+    NotAllowed(&'static str),
+    /// The owner refused the token.
+    #[error("the token was refused: {code}: {detail}")]
+    Refused {
+        /// Why.
+        code: RefuseCode,
+        /// The owner's words.
+        detail: String,
+    },
+    /// The owner is not reachable.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// It did not finish in time; its lanes were fenced, so nothing of it is in flight.
+    #[error("the deadline has passed")]
+    Expired,
+}
+
+impl AccessError {
+    /// Whether the same call can succeed later.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => code.is_retryable(),
+            Self::Peer(error) => error.is_retryable(),
+            Self::Expired => true,
+            Self::OutOfRange { .. } | Self::NotAllowed(_) => false,
+        }
+    }
+}
+
+impl PeerError {
+    pub(crate) fn protocol(peer: &str, error: &WireError) -> Self {
+        Self::Protocol { peer: peer.to_owned(), detail: error.to_string() }
+    }
+}
