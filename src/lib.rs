@@ -2,3 +2,11 @@
 
 pub mod fabric;
 pub mod kv;
+// Until the endpoint uses all of it.
+#[allow(dead_code, unused_imports)]
+pub(crate) mod wire;
+
+pub use wire::{
+    Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId, RefuseCode, RegionToken,
+    RejectCode, RevokeReason, WireError, WireErrorKind,
+};
