@@ -1,7 +1,13 @@
 //! kvpush moves LLM KV-cache pages from prefill memory straight into decode memory.
 
-#![cfg_attr(not(test), allow(dead_code))]
+#![allow(dead_code, unused_imports)]
 pub mod fabric;
 pub mod kv;
 pub mod memory;
 mod protocol;
+pub(crate) mod wire;
+
+pub use wire::{
+    Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId, RefuseCode, RegionToken,
+    RejectCode, RevokeReason, WireError, WireErrorKind,
+};

@@ -1,0 +1,85 @@
+//! What a writer must know of a pool to write into it: its layout and, for each region and rail, where it is and
+//! under which key. Sent once per pool and session.
+
+use super::codec::{Reader, WireError, Writer};
+use super::ids::PoolId;
+use super::layout;
+use crate::fabric::RemoteKey;
+use crate::kv::KvLayout;
+
+/// Most rails of one endpoint.
+pub(crate) const MAX_RAILS: usize = 16;
+/// Most regions of one pool.
+pub(crate) const MAX_REGIONS: usize = 4096;
+
+/// A pool as the writer sees it. The numbers are the peer's claims: check the layout against the regions before use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PoolDescriptor {
+    pub(crate) pool: PoolId,
+    pub(crate) layout: KvLayout,
+    /// At most [`MAX_REGIONS`].
+    pub(crate) regions: Vec<RegionDescriptor>,
+}
+
+/// One region of the peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RegionDescriptor {
+    pub(crate) length: u64,
+    /// One for each rail that reaches it, at most [`MAX_RAILS`].
+    pub(crate) keys: Vec<RegionKey>,
+}
+
+/// Where and how one rail reaches a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RegionKey {
+    /// The peer's rail.
+    pub(crate) rail: u8,
+    /// First byte, in that rail's address space.
+    pub(crate) address: u64,
+    pub(crate) rkey: RemoteKey,
+}
+
+impl PoolDescriptor {
+    pub(super) fn write(&self, writer: &mut Writer) -> Result<(), WireError> {
+        writer.u32(self.pool.0);
+        layout::write(writer, &self.layout)?;
+        writer.list("regions", MAX_REGIONS, &self.regions, |w, region| {
+            w.u64(region.length);
+            RegionKey::write_list(w, &region.keys)
+        })
+    }
+
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        Ok(Self {
+            pool: PoolId(reader.u32("pool")?),
+            layout: layout::read(reader)?,
+            regions: reader.list("regions", MAX_REGIONS, |r| {
+                Ok(RegionDescriptor {
+                    length: r.u64("region length")?,
+                    keys: RegionKey::read_list(r)?,
+                })
+            })?,
+        })
+    }
+}
+
+impl RegionKey {
+    pub(super) fn write_list(writer: &mut Writer, keys: &[Self]) -> Result<(), WireError> {
+        writer.list("keys", MAX_RAILS, keys, |w, key| {
+            w.u8(key.rail);
+            w.u64(key.address);
+            w.u32(key.rkey.0);
+            Ok(())
+        })
+    }
+
+    pub(super) fn read_list(reader: &mut Reader<'_>) -> Result<Vec<Self>, WireError> {
+        reader.list("keys", MAX_RAILS, |r| {
+            Ok(Self {
+                rail: r.u8("rail")?,
+                address: r.u64("address")?,
+                rkey: RemoteKey(r.u32("rkey")?),
+            })
+        })
+    }
+}
