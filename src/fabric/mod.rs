@@ -20,6 +20,7 @@
 mod caps;
 mod error;
 mod request;
+pub mod sim;
 
 pub mod verbs;
 

@@ -5,6 +5,8 @@
 //! `offset + p * page_stride + t * token_stride + (h - heads.first) * head_stride` of region `region`. Every known
 //! pool (vLLM, SGLang, interleaved K/V, MLA) is a choice of these strides.
 
+use std::fmt;
+
 use super::Dtype;
 
 /// A range of KV heads by their number in the whole model, so that shards can be compared.
@@ -14,6 +16,40 @@ pub struct HeadRange {
     pub first: u32,
     /// Number of heads.
     pub count: u32,
+}
+
+impl HeadRange {
+    /// Heads `first .. first + count`.
+    pub const fn new(first: u32, count: u32) -> Self {
+        Self { first, count }
+    }
+
+    /// One past the last head; wider than a head number, so that it cannot overflow.
+    pub const fn end(self) -> u64 {
+        self.first as u64 + self.count as u64
+    }
+
+    /// Whether every head of `other` is in this range. An empty `other` is not.
+    pub const fn contains(self, other: Self) -> bool {
+        other.count > 0 && self.first <= other.first && other.end() <= self.end()
+    }
+
+    /// The heads in both ranges, or nothing if there are none.
+    pub fn intersection(self, other: Self) -> Option<Self> {
+        let first = self.first.max(other.first);
+        let end = self.end().min(other.end());
+        let count = end
+            .checked_sub(u64::from(first))
+            .filter(|&count| count > 0)?;
+        // Not longer than either range, so it fits.
+        Some(Self::new(first, u32::try_from(count).ok()?))
+    }
+}
+
+impl fmt::Display for HeadRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "heads {}..{}", self.first, self.end())
+    }
 }
 
 /// What a plane holds. Planes of two layouts correspond by role.
@@ -46,6 +82,19 @@ impl PlaneRole {
             5 => Self::ValueScale,
             6 => Self::Auxiliary,
             _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for PlaneRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::Latent => "latent",
+            Self::KeyScale => "key scale",
+            Self::ValueScale => "value scale",
+            Self::Auxiliary => "auxiliary",
         })
     }
 }

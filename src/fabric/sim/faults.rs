@@ -1,0 +1,115 @@
+//! Faults on demand. Each takes effect at once and, where it is a state, lasts until it is undone.
+
+use std::collections::BTreeSet;
+
+use super::{
+    SimNet,
+    packet::Packet,
+    trace::TraceEvent,
+    world::{At, World},
+};
+use crate::fabric::LaneId;
+
+#[derive(Default)]
+pub(super) struct Faults {
+    loss: f64,
+    partitions: BTreeSet<(String, String)>,
+    spike_probability: f64,
+    spike: u64,
+    /// The next post with more requests than this fails at this one.
+    pub(super) post_fails_at: Option<usize>,
+}
+
+impl World {
+    /// Which fault takes this packet, if one does.
+    pub(super) fn lose(&mut self, packet: &Packet) -> Option<&'static str> {
+        if !self.faults.partitions.is_empty() {
+            let name = |at: At| {
+                self.devices
+                    .get(at.device)
+                    .map(|device| device.name.as_str())
+            };
+            if let (Some(from), Some(to)) = (name(packet.from), name(packet.to))
+                && self.faults.partitions.contains(&pair(from, to))
+            {
+                return Some("partition");
+            }
+        }
+        self.rng.chance(self.faults.loss).then_some("loss")
+    }
+
+    /// Extra delay for a packet.
+    pub(super) fn spike(&mut self) -> u64 {
+        if self.rng.chance(self.faults.spike_probability) {
+            self.faults.spike
+        } else {
+            0
+        }
+    }
+}
+
+fn pair(a: &str, b: &str) -> (String, String) {
+    (a.min(b).to_owned(), a.max(b).to_owned())
+}
+
+/// Faults.
+impl SimNet {
+    /// From now on each packet of any kind is lost with probability `p`.
+    pub fn set_loss(&self, p: f64) {
+        self.world.lock().faults.loss = p;
+    }
+
+    /// From now on each packet is late by `extra` nanoseconds with probability `p`; those behind it on its lane wait.
+    pub fn set_delay_spikes(&self, p: f64, extra: u64) {
+        let faults = &mut self.world.lock().faults;
+        faults.spike_probability = p;
+        faults.spike = extra;
+    }
+
+    /// Starts (`cut`) or ends losing all packets between the devices `a` and `b`. Packets already on the wire arrive.
+    pub fn partition(&self, a: &str, b: &str, cut: bool) {
+        let partitions = &mut self.world.lock().faults.partitions;
+        if cut {
+            partitions.insert(pair(a, b));
+        } else {
+            partitions.remove(&pair(a, b));
+        }
+    }
+
+    /// Makes the next post of more than `index` requests, by whichever context, accept `index` of them and fail with
+    /// `ENOMEM`, as a driver may.
+    pub fn post_fails_at(&self, index: usize) {
+        self.world.lock().faults.post_fails_at = Some(index);
+    }
+
+    /// Moves a lane to the error state as a local fault of the device would; its peer is not told. False if there is
+    /// no such lane.
+    pub fn fail_lane(&self, device: &str, lane: LaneId) -> bool {
+        let mut world = self.world.lock();
+        let Some(index) = world.find(device) else {
+            return false;
+        };
+        let at = At {
+            device: index,
+            lane,
+        };
+        let exists = world.lane(at).is_some();
+        if exists {
+            world.trace(at, TraceEvent::State("fault"));
+        }
+        world.break_lane(at);
+        exists
+    }
+
+    /// Takes a device away, as when its process dies: its memory can no longer be reached, its peers hear nothing
+    /// more, and its context fails. Packets that it has already sent arrive. The name is free for a new device. False
+    /// if there is no such device.
+    pub fn kill_device(&self, device: &str) -> bool {
+        let mut world = self.world.lock();
+        let Some(index) = world.find(device) else {
+            return false;
+        };
+        world.remove_device(index, "killed".to_owned());
+        true
+    }
+}

@@ -1,0 +1,311 @@
+//! Registrations of one device, and the only code of the simulation that touches registered memory.
+//!
+//! A key is a slot and the slot's generation, masked by a number of the device, differently for local and remote use:
+//! a stale key, a key of another device or a local key used as a remote one is refused rather than right by accident.
+//! No key is ever given out twice by one device.
+
+use super::rng::Rng;
+use crate::fabric::{Access, LocalKey, MemoryKeys, MrId, RemoteKey, Sge};
+
+/// What an access needs of its registration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Need {
+    LocalRead,
+    LocalWrite,
+    RemoteRead,
+    RemoteWrite,
+}
+
+#[derive(Clone, Copy)]
+struct Region {
+    address: u64,
+    length: u64,
+    access: Access,
+}
+
+struct Slot {
+    generation: u16,
+    region: Option<Region>,
+}
+
+/// A range that a key allows: proof that the checks were made.
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    address: u64,
+    length: usize,
+    /// Where it lies in its registration.
+    pub(super) offset: u64,
+}
+
+impl Span {
+    /// The part `[offset, offset + length)`, or nothing if that is not inside.
+    pub(super) fn part(self, offset: u64, length: usize) -> Option<Self> {
+        let end = offset.checked_add(length as u64)?;
+        (end <= self.length as u64).then_some(Self {
+            address: self.address + offset,
+            length,
+            offset: self.offset + offset,
+        })
+    }
+
+    pub(super) fn len(self) -> usize {
+        self.length
+    }
+
+    /// Appends the bytes to `out`.
+    pub(super) fn read(self, out: &mut Vec<u8>) {
+        out.reserve(self.length);
+        let source = self.address as *const u8;
+        // SAFETY: the span lies inside a live registration, which by the contract of `Device::register` stays mapped
+        // and readable, or is an inline element, which the poster owns (see `read_inline`); `out` has `length` bytes
+        // of spare capacity, which the copy initialises. Others may write the source meanwhile, as they may under a
+        // NIC's DMA; every value of a byte is valid.
+        unsafe {
+            let end = out.as_mut_ptr().add(out.len());
+            std::ptr::copy_nonoverlapping(source, end, self.length);
+            out.set_len(out.len() + self.length);
+        }
+    }
+
+    /// Writes `data`, which must be as long as the span.
+    pub(super) fn write(self, data: &[u8]) {
+        debug_assert_eq!(data.len(), self.length);
+        let length = self.length.min(data.len());
+        // SAFETY: the span lies inside a live registration with a writing access, which by the contract of
+        // `Device::register` stays mapped and writable and is under no Rust reference; `data` is our own memory, so
+        // the two do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.address as *mut u8, length) }
+    }
+}
+
+/// Copies the payload of an inline request during the post.
+pub(super) fn read_inline(sges: &[Sge]) -> Vec<u8> {
+    let mut data = Vec::new();
+    for sge in sges.iter().filter(|sge| sge.length > 0) {
+        let span = Span {
+            address: sge.address,
+            length: sge.length as usize,
+            offset: 0,
+        };
+        // An inline element names readable memory of the poster for as long as the post lasts
+        // (`WorkRequest::inline`); as in verbs, there is no key to check that by.
+        span.read(&mut data);
+    }
+    data
+}
+
+pub(super) struct Regions {
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    local_mask: u32,
+    remote_mask: u32,
+}
+
+impl Regions {
+    pub(super) fn new(rng: &mut Rng) -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            local_mask: rng.next_u32(),
+            remote_mask: rng.next_u32(),
+        }
+    }
+
+    /// Nothing if all slots are used. The caller has checked that the range does not wrap.
+    pub(super) fn register(
+        &mut self,
+        address: u64,
+        length: u64,
+        access: Access,
+    ) -> Option<MemoryKeys> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                let index = u16::try_from(self.slots.len()).ok()?;
+                self.slots.push(Slot {
+                    generation: 0,
+                    region: None,
+                });
+                index
+            }
+        };
+        let slot = self.slots.get_mut(usize::from(index))?;
+        slot.region = Some(Region {
+            address,
+            length,
+            access,
+        });
+        let raw = u32::from(index) << 16 | u32::from(slot.generation);
+        Some(MemoryKeys {
+            mr: MrId(u64::from(raw)),
+            local: LocalKey(raw ^ self.local_mask),
+            remote: RemoteKey(raw ^ self.remote_mask),
+        })
+    }
+
+    /// False if there is no such registration.
+    pub(super) fn deregister(&mut self, mr: MrId) -> bool {
+        let Ok(raw) = u32::try_from(mr.0) else {
+            return false;
+        };
+        if self.region(raw).is_none() {
+            return false;
+        }
+        let index = (raw >> 16) as u16;
+        let Some(slot) = self.slots.get_mut(usize::from(index)) else {
+            return false;
+        };
+        slot.region = None;
+        // A slot whose generations are used up is retired.
+        if let Some(next) = slot.generation.checked_add(1) {
+            slot.generation = next;
+            self.free.push(index);
+        }
+        true
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.free.clear();
+        self.slots.clear();
+    }
+
+    pub(super) fn remote(
+        &self,
+        key: RemoteKey,
+        address: u64,
+        length: u64,
+        need: Need,
+    ) -> Option<Span> {
+        self.span(key.0 ^ self.remote_mask, address, length, need)
+    }
+
+    fn region(&self, raw: u32) -> Option<&Region> {
+        let slot = self.slots.get((raw >> 16) as usize)?;
+        let region = slot.region.as_ref()?;
+        (u32::from(slot.generation) == raw & 0xffff).then_some(region)
+    }
+
+    fn span(&self, raw: u32, address: u64, length: u64, need: Need) -> Option<Span> {
+        let region = self.region(raw)?;
+        let allowed = match need {
+            Need::LocalRead => true,
+            Need::LocalWrite => region.access.local_write,
+            Need::RemoteRead => region.access.remote_read,
+            Need::RemoteWrite => region.access.remote_write,
+        };
+        let offset = address.checked_sub(region.address)?;
+        let end = offset.checked_add(length)?;
+        (allowed && end <= region.length).then_some(Span {
+            address,
+            length: usize::try_from(length).ok()?,
+            offset,
+        })
+    }
+
+    /// The spans that hold bytes `[offset, offset + length)` of a gather list, or nothing if one is refused. An element
+    /// must lie in its registration as a whole.
+    pub(super) fn local(
+        &self,
+        sges: &[Sge],
+        offset: u64,
+        length: u64,
+        need: Need,
+    ) -> Option<Vec<Span>> {
+        let mut spans = Vec::new();
+        let (mut skip, mut left) = (offset, length);
+        for sge in sges {
+            let size = u64::from(sge.length);
+            if skip >= size {
+                skip -= size;
+                continue;
+            }
+            if left == 0 {
+                break;
+            }
+            let whole = self.span(sge.key.0 ^ self.local_mask, sge.address, size, need)?;
+            let take = left.min(size - skip);
+            spans.push(whole.part(skip, take as usize)?);
+            skip = 0;
+            left -= take;
+        }
+        (left == 0).then_some(spans)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys_at(regions: &mut Regions, memory: &mut [u8], access: Access) -> MemoryKeys {
+        regions
+            .register(memory.as_mut_ptr() as u64, memory.len() as u64, access)
+            .unwrap()
+    }
+
+    #[test]
+    fn keys_are_never_repeated_and_stale_ones_refused() {
+        let mut regions = Regions::new(&mut Rng::new(1));
+        let mut memory = [0u8; 16];
+        let address = memory.as_ptr() as u64;
+        let mut seen = std::collections::HashSet::new();
+        let mut last: Option<RemoteKey> = None;
+        for _ in 0..70_000 {
+            let keys = keys_at(&mut regions, &mut memory, Access::REMOTE_WRITE);
+            assert!(seen.insert(keys.remote.0));
+            if let Some(stale) = last {
+                assert!(
+                    regions
+                        .remote(stale, address, 1, Need::RemoteWrite)
+                        .is_none()
+                );
+            }
+            assert!(
+                regions
+                    .remote(keys.remote, address, 16, Need::RemoteWrite)
+                    .is_some()
+            );
+            assert!(regions.deregister(keys.mr));
+            assert!(!regions.deregister(keys.mr));
+            last = Some(keys.remote);
+        }
+    }
+
+    #[test]
+    fn ranges_rights_and_kinds_of_key_are_checked() {
+        let mut regions = Regions::new(&mut Rng::new(2));
+        let mut memory = [0u8; 16];
+        let base = memory.as_ptr() as u64;
+        let keys = keys_at(&mut regions, &mut memory, Access::REMOTE_WRITE);
+        let ask = |key, address, length, need| regions.remote(key, address, length, need).is_some();
+        assert!(ask(keys.remote, base, 16, Need::RemoteWrite));
+        assert!(!ask(keys.remote, base, 17, Need::RemoteWrite));
+        assert!(!ask(keys.remote, base - 1, 2, Need::RemoteWrite));
+        assert!(!ask(keys.remote, base + 8, u64::MAX, Need::RemoteWrite));
+        assert!(!ask(keys.remote, base, 1, Need::RemoteRead));
+        assert!(!ask(RemoteKey(keys.local.0), base, 1, Need::RemoteWrite));
+    }
+
+    #[test]
+    fn a_window_of_a_gather_list_is_cut_at_the_elements() {
+        let mut regions = Regions::new(&mut Rng::new(3));
+        let mut memory: Vec<u8> = (0..16).collect();
+        let base = memory.as_ptr() as u64;
+        let keys = keys_at(&mut regions, &mut memory, Access::LOCAL);
+        let sge = |offset, length| Sge {
+            address: base + offset,
+            length,
+            key: keys.local,
+        };
+        let list = [sge(8, 3), sge(0, 0), sge(0, 4), sge(12, 4)];
+        let spans = regions.local(&list, 2, 7, Need::LocalRead).unwrap();
+        let mut out = Vec::new();
+        spans.into_iter().for_each(|span| span.read(&mut out));
+        assert_eq!(out, [10, 0, 1, 2, 3, 12, 13]);
+        assert!(regions.local(&list, 2, 10, Need::LocalRead).is_none());
+        assert!(
+            regions
+                .local(&[sge(12, 5)], 0, 1, Need::LocalRead)
+                .is_none()
+        );
+    }
+}

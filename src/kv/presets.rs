@@ -1,0 +1,207 @@
+//! Layouts of the pools that engines allocate.
+//!
+//! A pool is a [`KvShape`] put in memory by an [`Arrangement`] (how keys and values of a layer lie), a [`HeadOrder`] and
+//! a [`Stacking`] (how layers lie). Shapes below are row-major, outermost axis first. Each has a constructor named after
+//! the engine that allocates it.
+
+use super::{Dtype, HeadRange, KvLayout, LayerLayout, LayoutError, Plane, PlaneRole};
+
+/// What one shard of a cache holds, wherever it lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KvShape {
+    /// Layers.
+    pub layers: u32,
+    /// Tokens in one page (vLLM: `block_size`, SGLang: `page_size`).
+    pub tokens_per_page: u32,
+    /// Heads of this shard.
+    pub heads: HeadRange,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Element type.
+    pub dtype: Dtype,
+}
+
+/// How keys and values of one layer lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arrangement {
+    /// All keys, then all values, in one tensor: `[2, pages, page]`. vLLM's FlashAttention, Triton and ROCm back ends.
+    KeysThenValues,
+    /// Two tensors, `[pages, page]` each. SGLang's `k_buffer` and `v_buffer`.
+    Separate,
+    /// Keys and values of a page together: `[pages, 2, page]`. vLLM's FlashInfer back end.
+    Interleaved,
+    /// One latent plane: `[pages, tokens, head_dim]`. MLA, in vLLM and SGLang.
+    Latent,
+}
+
+/// How a page of one plane lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HeadOrder {
+    /// `[tokens, heads, head_dim]` (NHD).
+    TokenMajor,
+    /// `[heads, tokens, head_dim]` (HND).
+    HeadMajor,
+}
+
+/// How layers lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stacking {
+    /// Each layer in a region of its own ([`Arrangement::Separate`]: first all layers' keys, then all values').
+    RegionPerLayer,
+    /// One region, layer after layer: `[layers, ...]` ([`Arrangement::Separate`]: one region for keys, one for values).
+    LayerMajor,
+    /// One region, all layers of a page together: `[pages, layers, ...]`. SGLang's `page_first`, vLLM's cross-layer
+    /// blocks. With [`Arrangement::KeysThenValues`] it is `[2, pages, layers, page]`.
+    PageMajor,
+}
+
+impl KvShape {
+    /// The layout of a pool of this shape with `pages` pages.
+    ///
+    /// # Errors
+    /// As [`KvLayout::validate`]: an empty or too large shape, or sizes beyond 64 bits.
+    pub fn layout(
+        &self,
+        pages: u32,
+        arrangement: Arrangement,
+        order: HeadOrder,
+        stacking: Stacking,
+    ) -> Result<KvLayout, LayoutError> {
+        use Arrangement::{Interleaved, KeysThenValues, Latent, Separate};
+
+        let roles: &[PlaneRole] = match arrangement {
+            Latent => &[PlaneRole::Latent],
+            _ => &[PlaneRole::Key, PlaneRole::Value],
+        };
+        let role = roles[0];
+        let overflow = LayoutError::Overflow { layer: 0, role };
+        let limit = super::limits::LAYERS;
+        if u64::from(self.layers) > limit {
+            return Err(LayoutError::Limit {
+                what: "layers",
+                value: u64::from(self.layers),
+                limit,
+            });
+        }
+        let product = |a: u64, b: u32| a.checked_mul(u64::from(b)).ok_or_else(|| overflow.clone());
+
+        let head = u64::from(self.dtype.bytes()) * u64::from(self.head_dim);
+        let head_bytes = u32::try_from(head).map_err(|_| overflow.clone())?;
+        let (token_stride, head_stride) = match order {
+            HeadOrder::TokenMajor => (product(head, self.heads.count)?, head),
+            HeadOrder::HeadMajor => (head, product(head, self.tokens_per_page)?),
+        };
+        // Bytes of one page of one plane, and of one layer of a page where its planes are kept together.
+        let plane_page = product(product(head, self.heads.count)?, self.tokens_per_page)?;
+        let layer_page = match arrangement {
+            Interleaved => product(plane_page, 2)?,
+            KeysThenValues | Separate | Latent => plane_page,
+        };
+        let page_stride = match stacking {
+            Stacking::PageMajor => product(layer_page, self.layers)?,
+            _ => layer_page,
+        };
+        // Bytes of all pages along `page_stride`, and from one layer to the next in the same region.
+        let tensor = product(page_stride, pages)?;
+        let layer_stride = match (stacking, arrangement) {
+            (Stacking::RegionPerLayer, _) => 0,
+            (Stacking::LayerMajor, KeysThenValues) => product(tensor, 2)?,
+            (Stacking::LayerMajor, _) => tensor,
+            (Stacking::PageMajor, _) => layer_page,
+        };
+        let second_plane = match arrangement {
+            KeysThenValues => tensor,
+            Interleaved => plane_page,
+            Separate | Latent => 0,
+        };
+
+        let mut layers = Vec::with_capacity(self.layers as usize);
+        for layer in 0..self.layers {
+            let mut planes = Vec::with_capacity(roles.len());
+            for (index, &role) in (0u32..).zip(roles) {
+                let region = match (stacking, arrangement) {
+                    (Stacking::RegionPerLayer, Separate) => index * self.layers + layer,
+                    (Stacking::RegionPerLayer, _) => layer,
+                    (_, Separate) => index,
+                    _ => 0,
+                };
+                let offset =
+                    product(layer_stride, layer)?.checked_add(product(second_plane, index)?);
+                planes.push(Plane {
+                    role,
+                    dtype: self.dtype,
+                    // At most twice the limit of layers.
+                    region: region as u16,
+                    offset: offset.ok_or_else(|| overflow.clone())?,
+                    page_stride,
+                    token_stride,
+                    head_stride,
+                    head_bytes,
+                    heads: self.heads,
+                });
+            }
+            layers.push(LayerLayout {
+                tokens_per_page: self.tokens_per_page,
+                planes,
+            });
+        }
+        let layout = KvLayout { pages, layers };
+        layout.check()?;
+        Ok(layout)
+    }
+
+    /// vLLM FlashAttention: one tensor `[2, pages, tokens, heads, head_dim]` for each layer.
+    ///
+    /// # Errors
+    /// As [`KvShape::layout`].
+    pub fn vllm_flash(&self, pages: u32) -> Result<KvLayout, LayoutError> {
+        self.layout(
+            pages,
+            Arrangement::KeysThenValues,
+            HeadOrder::TokenMajor,
+            Stacking::RegionPerLayer,
+        )
+    }
+
+    /// vLLM FlashInfer: one tensor for each layer, `[pages, 2, tokens, heads, head_dim]` (NHD) or
+    /// `[pages, 2, heads, tokens, head_dim]` (HND, `VLLM_KV_CACHE_LAYOUT=HND`).
+    ///
+    /// # Errors
+    /// As [`KvShape::layout`].
+    pub fn vllm_flashinfer(&self, pages: u32, order: HeadOrder) -> Result<KvLayout, LayoutError> {
+        self.layout(
+            pages,
+            Arrangement::Interleaved,
+            order,
+            Stacking::RegionPerLayer,
+        )
+    }
+
+    /// SGLang's `MHATokenToKVPool`: for each layer a `k_buffer` and a `v_buffer` of `[slots, heads, head_dim]`, where
+    /// page `p` is slots `p * tokens_per_page ..`. SGLang keeps page 0 for padding; `pages` counts it.
+    ///
+    /// # Errors
+    /// As [`KvShape::layout`].
+    pub fn sglang(&self, pages: u32) -> Result<KvLayout, LayoutError> {
+        self.layout(
+            pages,
+            Arrangement::Separate,
+            HeadOrder::TokenMajor,
+            Stacking::RegionPerLayer,
+        )
+    }
+
+    /// MLA: one tensor `[pages, tokens, head_dim]` for each layer, with `head_dim` the latent and its rotary part
+    /// together (vLLM `MLACommonBackend`, SGLang `MLATokenToKVPool`).
+    ///
+    /// # Errors
+    /// As [`KvShape::layout`].
+    pub fn mla(&self, pages: u32) -> Result<KvLayout, LayoutError> {
+        self.layout(
+            pages,
+            Arrangement::Latent,
+            HeadOrder::TokenMajor,
+            Stacking::RegionPerLayer,
+        )
+    }
+}
