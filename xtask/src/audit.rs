@@ -21,8 +21,8 @@ with git; when that is impossible (no network), this is said loudly and is no fa
 cargo-deny is taken from PATH, or built once into target/tools (about two minutes).
 ";
 
-/// Known to read Cargo.lock of the toolchain we use; older ones do not.
-const CARGO_DENY: &str = "0.18";
+/// The version to build. One on PATH is used from 0.18 on; older ones cannot read what today's cargo tells them.
+const CARGO_DENY: &str = "0.20.2";
 
 /// The command.
 pub(crate) fn main(args: &[String]) -> Result<()> {

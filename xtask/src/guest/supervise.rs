@@ -252,7 +252,10 @@ impl Running {
         let qemu = fs::read(self.dir.join(QEMU_LOG)).unwrap_or_default();
         for (title, content) in [
             ("its program's output", self.output.as_str()),
-            ("its kernel's console", &String::from_utf8_lossy(&console)),
+            (
+                "its kernel's console",
+                from_crash(&String::from_utf8_lossy(&console)),
+            ),
             ("QEMU's messages", &String::from_utf8_lossy(&qemu)),
         ] {
             let tail = tail(content, 30);
@@ -308,6 +311,20 @@ fn reconcile(console: Option<i32>, shared: Option<&str>) -> Result<i32, String> 
     }
 }
 
+/// A kernel's console from where it says why it crashes, without the end of the trace that follows; or all of it.
+fn from_crash(console: &str) -> &str {
+    let crash = ["BUG: ", "Oops: ", "Kernel panic"]
+        .iter()
+        .filter_map(|word| console.find(word))
+        .min();
+    let Some(crash) = crash else { return console };
+    let end = console[crash..]
+        .match_indices('\n')
+        .nth(25)
+        .map_or(console.len(), |(length, _)| crash + length);
+    &console[crash..end]
+}
+
 /// The last `count` lines, each of bounded length.
 fn tail(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text
@@ -348,6 +365,19 @@ mod tests {
         assert!(reconcile(None, None).is_err());
         assert!(reconcile(None, Some("")).is_err());
         assert!(reconcile(None, Some("garbage")).is_err());
+    }
+
+    #[test]
+    fn a_crash_is_shown_from_its_cause() {
+        let trace = "[7] a trace line\n".repeat(100);
+        let console = format!("boot\n[7] Kernel panic - not syncing: why\n{trace}");
+        let shown = from_crash(&console);
+        assert!(
+            shown.starts_with("Kernel panic - not syncing: why\n"),
+            "{shown}"
+        );
+        assert_eq!(tail(shown, 30).lines().next(), shown.lines().next());
+        assert_eq!(from_crash("all is well\n"), "all is well\n");
     }
 
     #[test]

@@ -48,7 +48,7 @@ EXAMPLES
     cargo xtask rxe
     cargo xtask rxe --guests 2 --perftest
     cargo xtask rxe -- ibv_devinfo -v
-    cargo xtask rxe --guests 2 -- sh -c 'ping -c 3 $KVPUSH_GUEST_PEER'
+    cargo xtask rxe --guests 2 --timeout 60 -- rdma link show
 ";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
