@@ -20,7 +20,7 @@ hand, against rdma-sys; and the devices it finds, against the ibverbs crate. Nee
 librdmacm, and libclang; on Debian, run as root, installs them.
 ";
 
-const PACKAGES: &[&str] = &["libibverbs-dev", "librdmacm-dev", "libclang-dev", "clang"];
+const PACKAGES: &[&str] = &["libibverbs-dev", "librdmacm-dev", "libclang-dev"];
 const MANIFEST: &str = "tests/oracle/Cargo.toml";
 
 /// The command.

@@ -44,28 +44,64 @@ pub(crate) fn prepare(update: bool) -> Result<Kernel> {
     }
     let cache = workspace::cache("rxe/kernel")?;
     let current = cache.join("current");
-    let package = match fs::read_to_string(&current) {
+    let mut package = match fs::read_to_string(&current) {
         Ok(text) if !update => Package::from_line(&text)?,
         _ => resolve()?,
     };
-
-    let dir = cache.join(package.folder());
-    let modules = dir.join(format!("modules-{}", roots_key()));
-    if !dir.join("kernel").exists() || !modules.exists() {
-        fs::create_dir_all(&dir)?;
-        unpack(&package, &dir, &modules)
-            .with_context(|| format!("preparing the guests' kernel, {}", package.name))?;
+    if !Place::of(&package, &cache).is_complete() {
+        package = fetch_and_unpack(package, &cache)?;
     }
     fs::write(&current, package.to_line())?;
 
-    let order = fs::read_to_string(modules.join("order"))?;
-    let modules = order.lines().map(|name| modules.join(name)).collect();
+    let place = Place::of(&package, &cache);
+    let order = fs::read_to_string(place.modules.join("order"))?;
+    let modules = order.lines().map(|name| place.modules.join(name)).collect();
     Ok(Kernel {
-        image: dir.join("kernel"),
+        image: place.image,
         version: package.folder(),
         modules,
-        dir,
+        dir: place.dir,
     })
+}
+
+/// Where a kernel's files are in the cache.
+struct Place {
+    dir: PathBuf,
+    image: PathBuf,
+    modules: PathBuf,
+}
+
+impl Place {
+    fn of(package: &Package, cache: &Path) -> Self {
+        let dir = cache.join(package.folder());
+        Self {
+            image: dir.join("kernel"),
+            modules: dir.join(format!("modules-{}", roots_key())),
+            dir,
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.image.exists() && self.modules.exists()
+    }
+}
+
+/// Brings a kernel into the cache: `package`, or the current one when Debian no longer has that.
+fn fetch_and_unpack(mut package: Package, cache: &Path) -> Result<Package> {
+    let work = Workbench::new(cache)?;
+    let deb = match download(&package, &work.path) {
+        Ok(deb) => deb,
+        Err(_) => {
+            // The package lists are outdated, or the kernel in the cache is incomplete and has been replaced since.
+            apt::update()?;
+            package = resolve()?;
+            download(&package, &work.path)?
+        }
+    };
+    let place = Place::of(&package, cache);
+    fs::create_dir_all(&place.dir)?;
+    unpack(&deb, &work.path, &place).with_context(|| format!("unpacking {}", package.name))?;
+    Ok(package)
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -144,14 +180,8 @@ fn roots_key() -> String {
     super::key_of(names.as_bytes())
 }
 
-fn unpack(package: &Package, dir: &Path, modules_dir: &Path) -> Result<()> {
-    let work = Workbench::new(dir)?;
-    println!(
-        "downloading {} {} for the guests (about 70 MB, once)",
-        package.name, package.version
-    );
-    let deb = download(package, &work.path)?;
-    let tree = work.path.join("tree");
+fn unpack(deb: &Path, work: &Path, place: &Place) -> Result<()> {
+    let tree = work.join("tree");
     process::output(
         Command::new("dpkg-deb")
             .arg("--extract")
@@ -176,7 +206,7 @@ fn unpack(package: &Package, dir: &Path, modules_dir: &Path) -> Result<()> {
         &fs::read_to_string(modules_root.join("modules.dep"))?,
         &fs::read_to_string(modules_root.join("modules.builtin"))?,
     )?;
-    let staged = work.path.join("modules");
+    let staged = work.join("modules");
     fs::create_dir(&staged)?;
     let mut order = String::new();
     for path in table.load_order(ROOTS)? {
@@ -186,8 +216,8 @@ fn unpack(package: &Package, dir: &Path, modules_dir: &Path) -> Result<()> {
     }
     fs::write(staged.join("order"), order)?;
 
-    let kernel = work.path.join("kernel");
-    match bzimage::vmlinux(&fs::read(&vmlinuz)?, &work.path) {
+    let kernel = work.join("kernel");
+    match bzimage::vmlinux(&fs::read(&vmlinuz)?, work) {
         Ok(elf) => fs::write(&kernel, elf)?,
         Err(error) => {
             println!(
@@ -196,28 +226,24 @@ fn unpack(package: &Package, dir: &Path, modules_dir: &Path) -> Result<()> {
             fs::copy(&vmlinuz, &kernel)?;
         }
     }
-    fs::rename(&kernel, dir.join("kernel"))?;
-    if !modules_dir.exists() {
-        fs::rename(&staged, modules_dir)?;
+    fs::rename(&kernel, &place.image)?;
+    if !place.modules.exists() {
+        fs::rename(&staged, &place.modules)?;
     }
     Ok(())
 }
 
 fn download(package: &Package, into: &Path) -> Result<PathBuf> {
-    let fetch = || {
-        let mut command = Command::new("apt-get");
-        // The unprivileged user apt likes to download as cannot write below the target folder.
-        command
-            .current_dir(into)
-            .args(["download", "--quiet", "-o", "APT::Sandbox::User=root"]);
-        process::output(command.arg(format!("{}={}", package.name, package.version)))
-    };
-    if fetch().is_err() {
-        apt::update()?;
-        fetch().context(
-            "if Debian has replaced this kernel by a newer one, `cargo xtask rxe --update-kernel` takes that",
-        )?;
-    }
+    println!(
+        "downloading {} {} for the guests (about 70 MB, once)",
+        package.name, package.version
+    );
+    let mut command = Command::new("apt-get");
+    // The unprivileged user apt likes to download as cannot write below the target folder.
+    command
+        .current_dir(into)
+        .args(["download", "--quiet", "-o", "APT::Sandbox::User=root"]);
+    process::output(command.arg(format!("{}={}", package.name, package.version)))?;
     only_entry(into, "linux-image-")
 }
 
