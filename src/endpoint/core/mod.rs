@@ -1,0 +1,381 @@
+//! The endpoint without its threads: everything that happens, as a function of what came in and of the time.
+//!
+//! [`Core`] drives the state machines of [`crate::protocol`] over the contexts of [`crate::fabric`] and over a
+//! [`Control`] that carries messages. It never blocks, sleeps or looks at a clock, so a test can run any number of
+//! cores in one thread under simulated time. One thread owns a core.
+//!
+//! | File | What |
+//! |---|---|
+//! | `session` | lanes to one peer: made, connected, fenced |
+//! | `writer` | the dialling side: open, plan, queue, finish |
+//! | `pump` | from queued work to posted requests |
+//! | `reader` | the accepting side: grants, arrivals, revocation |
+//! | `access` | one-sided reads and writes of exported regions |
+//! | `timers` | what must be looked at when |
+//!
+//! # Order of work
+//!
+//! A step takes the control events that are there, *then* commands, *then* completions, and only then handles the
+//! events. So a grant is known before a peer can ask for it, and when a writer says that it has drained, every
+//! completion of what it wrote before has been counted.
+
+mod access;
+mod command;
+mod pump;
+mod reader;
+mod session;
+mod timers;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::{collections::HashMap, sync::Arc};
+
+pub(crate) use self::{
+    access::{AccessEntry, AccessOp, ExportRecord},
+    command::{Command, Control, ControlEvent},
+    reader::ArrivalEntry,
+    writer::PushEntry,
+};
+use self::{
+    pump::Scratch,
+    session::{Role, Session},
+    timers::{Timer, Timers},
+};
+use super::{
+    config::Config,
+    control::ConnId,
+    error::PeerError,
+    shared::{PoolRecord, TailArena},
+};
+use crate::{
+    fabric::{Completion, CompletionKind, Context, Device, FabricError, FabricKind, LaneId, Status},
+    protocol::Time,
+    wire::{Goodbye, GoodbyeCode, Incarnation, Message, PoolId},
+};
+
+/// Most polls before control events are handled. A poll takes at least 32 completions if they are there.
+const MAX_POLLS: usize = 4096;
+
+/// One opened rail and what is left of its completion queue.
+pub(super) struct Rail {
+    pub(super) device: Arc<dyn Device>,
+    pub(super) context: Box<dyn Context>,
+    pub(super) kind: FabricKind,
+    /// Completion-queue entries that no lane has reserved.
+    pub(super) completions_free: u32,
+    pub(super) dead: bool,
+}
+
+/// See the module's documentation.
+pub(crate) struct Core {
+    config: Arc<Config>,
+    incarnation: Incarnation,
+    now: Time,
+    rails: Vec<Rail>,
+    control: Box<dyn Control>,
+    next_conn: u64,
+    sessions: HashMap<ConnId, Session>,
+    /// Sessions that this side dialled, by whom it expects there.
+    dialled: HashMap<Incarnation, ConnId>,
+    lanes: HashMap<(usize, LaneId), (ConnId, usize)>,
+    pools: HashMap<PoolId, Arc<PoolRecord>>,
+    arrivals: HashMap<u32, ArrivalEntry>,
+    pushes: HashMap<u64, PushEntry>,
+    exports: HashMap<u32, Arc<ExportRecord>>,
+    accesses: HashMap<u64, AccessEntry>,
+    next_request: u64,
+    tails: Arc<TailArena>,
+    timers: Timers,
+    scratch: Scratch,
+    completions: Vec<Completion>,
+}
+
+impl Core {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        incarnation: Incarnation,
+        rails: Vec<(Arc<dyn Device>, Box<dyn Context>, u32)>,
+        control: Box<dyn Control>,
+        tails: Arc<TailArena>,
+    ) -> Self {
+        let rails = rails
+            .into_iter()
+            .map(|(device, context, completions_free)| Rail {
+                kind: device.info().kind,
+                device,
+                context,
+                completions_free,
+                dead: false,
+            })
+            .collect();
+        Self {
+            config,
+            incarnation,
+            now: Time(0),
+            rails,
+            control,
+            next_conn: 0,
+            sessions: HashMap::new(),
+            dialled: HashMap::new(),
+            lanes: HashMap::new(),
+            pools: HashMap::new(),
+            arrivals: HashMap::new(),
+            pushes: HashMap::new(),
+            exports: HashMap::new(),
+            accesses: HashMap::new(),
+            next_request: 0,
+            tails,
+            timers: Timers::default(),
+            scratch: Scratch::default(),
+            completions: Vec::new(),
+        }
+    }
+
+    /// One step at time `now`. `events` must have been received before `commands` were. Returns whether anything
+    /// happened.
+    pub(crate) fn step(
+        &mut self,
+        now: Time,
+        commands: &mut Vec<Command>,
+        events: &mut Vec<ControlEvent>,
+    ) -> bool {
+        self.now = now;
+        let mut active = !commands.is_empty() || !events.is_empty();
+        for command in commands.drain(..) {
+            self.command(command);
+        }
+        if events.is_empty() {
+            active |= self.poll_rails();
+        } else {
+            // Bounded by what completion queues can hold, so that a steady stream does not starve the events.
+            (0..MAX_POLLS).take_while(|_| self.poll_rails()).count();
+        }
+        for event in events.drain(..) {
+            self.event(event);
+        }
+        active | self.run_timers()
+    }
+
+    /// When [`Core::step`] must be called at the latest, if nothing happens before.
+    pub(crate) fn next_deadline(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    /// The contexts, for waiting on them.
+    pub(crate) fn contexts(&mut self) -> impl Iterator<Item = &mut Box<dyn Context>> {
+        self.rails.iter_mut().filter(|rail| !rail.dead).map(|rail| &mut rail.context)
+    }
+
+    /// Requests in flight or queued, arrivals and pushes not ended: whether a poll soon is worth the effort.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.sessions.values().any(|session| session.lanes.iter().any(session::Lane::is_busy))
+    }
+
+    /// Ends everything: sessions are told, lanes fenced, all waiting callers answered.
+    pub(crate) fn shutdown(&mut self) {
+        let conns: Vec<_> = self.sessions.keys().copied().collect();
+        for conn in conns {
+            self.end_session(conn, PeerError::Closed, Some((GoodbyeCode::Shutdown, "shut down")));
+        }
+        self.close_arrivals();
+        self.close_pushes();
+        self.close_accesses();
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::AddPool(pool) => {
+                self.pools.insert(pool.id, pool);
+            }
+            Command::ReleasePool(pool) => {
+                if let Some(pool) = self.pools.remove(&pool) {
+                    pool.regions.iter().for_each(|region| self.deregister(region));
+                }
+            }
+            Command::AddGrant(entry) => self.add_grant(*entry),
+            Command::Revoke(id) => self.revoke(id),
+            Command::OpenPush(entry) => self.open_push(*entry),
+            Command::Pages { push, layer, first, pages } => self.queue_pages(push, layer, first, pages),
+            Command::Finish { push, tail } => self.finish_push(push, &tail),
+            Command::Cancel { push } => self.cancel_push(push),
+            Command::AddExport(record) => {
+                self.exports.insert(record.id, record);
+            }
+            Command::ReleaseExport(record) => {
+                self.exports.remove(&record.id);
+                self.deregister(&record.region);
+            }
+            Command::Access(entry) => self.start_access(*entry),
+        }
+    }
+
+    fn event(&mut self, event: ControlEvent) {
+        match event {
+            ControlEvent::Accepted { conn, peer } => {
+                self.sessions.insert(conn, Session::accepted(peer));
+            }
+            ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
+            ControlEvent::Message { conn, bytes } => match Message::decode(&bytes) {
+                Ok(message) => self.message(conn, message),
+                Err(error) => self.violation(conn, &error.to_string()),
+            },
+            ControlEvent::Closed { conn, detail, retryable } => {
+                let Some(session) = self.sessions.get(&conn) else { return };
+                let error = PeerError::Control { peer: session.name(), detail, retryable };
+                self.end_session(conn, error, None);
+            }
+        }
+    }
+
+    fn message(&mut self, conn: ConnId, message: Message) {
+        let Some(session) = self.sessions.get(&conn) else { return };
+        let peer = session.name();
+        match (session.role, message) {
+            (_, Message::Ping { nonce }) => self.send(conn, &Message::Pong { nonce }),
+            (_, Message::Pong { .. }) => {}
+            (_, Message::Goodbye(goodbye)) => {
+                let error =
+                    PeerError::Goodbye { peer, code: goodbye.code, detail: goodbye.detail };
+                self.end_session(conn, error, None);
+            }
+            (Role::Dialler, Message::HelloAck(ack)) => self.hello_ack(conn, ack),
+            (Role::Dialler, Message::HelloReject(reject)) => self.hello_reject(conn, reject),
+            (Role::Dialler, Message::Accept(accept)) => self.accepted(conn, *accept),
+            (Role::Dialler, Message::Refuse(refuse)) => self.refused(conn, refuse),
+            (Role::Dialler, Message::Credits(credits)) => self.credits(conn, credits),
+            (Role::Dialler, Message::Revoke(revoke)) => self.revoked(conn, revoke),
+            // The writer has the acknowledgements of its own requests, which say the same and sooner.
+            (Role::Dialler, Message::Done { .. }) => {}
+            (Role::Dialler, Message::RegionAccept(accept)) => self.region_accepted(conn, accept),
+            (Role::Dialler, Message::RegionRefuse(refuse)) => self.region_refused(conn, refuse),
+            (Role::Acceptor, Message::Hello(hello)) => self.hello(conn, hello),
+            (Role::Acceptor, Message::Open(open)) => self.open(conn, &open),
+            (Role::Acceptor, Message::Drained { push }) => self.drained(conn, push),
+            (Role::Acceptor, Message::Cancel(cancel)) => self.given_up(conn, cancel),
+            (Role::Acceptor, Message::OpenRegion(open)) => self.open_region(conn, &open),
+            (role, message) => {
+                self.violation(conn, &format!("{} does not go to the {role:?}", message.name()));
+            }
+        }
+    }
+
+    /// Polls every rail once and handles what completed. Returns whether anything did.
+    fn poll_rails(&mut self) -> bool {
+        let mut active = false;
+        for rail in 0..self.rails.len() {
+            if self.rails[rail].dead {
+                continue;
+            }
+            let mut completions = std::mem::take(&mut self.completions);
+            completions.clear();
+            let result = self.rails[rail].context.poll(&mut completions);
+            active |= !completions.is_empty();
+            for completion in &completions {
+                self.completion(rail, completion);
+            }
+            self.completions = completions;
+            if let Err(error) = result {
+                self.rail_failed(rail, &error);
+                active = true;
+            }
+        }
+        active
+    }
+
+    fn completion(&mut self, rail: usize, completion: &Completion) {
+        // A lane that was fenced between the poll and now has no entry any more.
+        let Some(&(conn, lane)) = self.lanes.get(&(rail, completion.lane)) else { return };
+        if completion.status != Status::Success {
+            self.lane_failed(conn, lane, completion);
+            return;
+        }
+        match completion.kind {
+            CompletionKind::Sent { id } => self.sent(conn, lane, id),
+            CompletionKind::Received { imm } => self.part_arrived(conn, lane, imm),
+        }
+    }
+
+    fn lane_failed(&mut self, conn: ConnId, lane: usize, completion: &Completion) {
+        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(lane) = session.lanes.get(lane) else { return };
+        let info = self.rails[lane.rail].device.info();
+        let error = PeerError::Lane {
+            peer: session.name(),
+            fabric: info.kind,
+            device: info.name.clone(),
+            lane: lane.id,
+            status: completion.status,
+            vendor_error: completion.vendor_error,
+        };
+        let detail = format!("lane failed: {:?}", completion.status);
+        self.end_session(conn, error, Some((GoodbyeCode::Error, &detail)));
+    }
+
+    fn rail_failed(&mut self, rail: usize, error: &FabricError) {
+        if matches!(error.kind, crate::fabric::FabricErrorKind::Fatal(_)) {
+            self.rails[rail].dead = true;
+        }
+        let conns: Vec<_> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| session.lanes.iter().any(|lane| lane.rail == rail))
+            .map(|(&conn, session)| (conn, session.name()))
+            .collect();
+        tracing::error!(%error, sessions = conns.len(), "rail failed");
+        for (conn, peer) in conns {
+            let error = PeerError::Fabric { peer, source: error.clone() };
+            self.end_session(conn, error, Some((GoodbyeCode::Error, "rail failed")));
+        }
+    }
+
+    /// The peer broke the protocol: it is not to be trusted any more.
+    fn violation(&mut self, conn: ConnId, detail: &str) {
+        let Some(session) = self.sessions.get(&conn) else { return };
+        tracing::warn!(peer = session.name(), detail, "protocol violation");
+        let error = PeerError::Protocol { peer: session.name(), detail: detail.to_owned() };
+        self.end_session(conn, error, Some((GoodbyeCode::Protocol, detail)));
+    }
+
+    /// Fences the lanes to a peer, ends everything that used them, and closes the connection.
+    fn end_session(
+        &mut self,
+        conn: ConnId,
+        error: PeerError,
+        goodbye: Option<(GoodbyeCode, &str)>,
+    ) {
+        let Some(mut session) = self.sessions.remove(&conn) else { return };
+        tracing::debug!(peer = session.name(), %error, "session ends");
+        if let Some((code, detail)) = goodbye {
+            self.send(conn, &Message::Goodbye(Goodbye { code, detail: detail.to_owned() }));
+        }
+        self.control.close(conn);
+        self.dialled.retain(|_, &mut dialled| dialled != conn);
+        // From here on no write can land, and nothing of ours is read by a device any more.
+        self.destroy_lanes(&mut session.lanes);
+        match session.role {
+            Role::Dialler => {
+                self.stop_pushes(&mut session, &error);
+                self.stop_accesses(&session, &error);
+            }
+            Role::Acceptor => self.stop_arrivals(&session, &error),
+        }
+    }
+
+    fn send(&mut self, conn: ConnId, message: &Message) {
+        match message.encode() {
+            Ok(bytes) => self.control.send(conn, bytes),
+            // Only a descriptor of our own can be too large, and it was checked when the pool was made.
+            Err(error) => tracing::error!(%error, "a control message could not be encoded"),
+        }
+    }
+
+    fn deregister(&mut self, region: &crate::memory::Region) {
+        for (rail, keys) in self.rails.iter_mut().zip(region.keys()) {
+            if let Err(error) = rail.context.deregister(keys.mr) {
+                tracing::error!(%error, "deregistration failed");
+            }
+        }
+    }
+}

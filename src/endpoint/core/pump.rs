@@ -1,0 +1,364 @@
+//! From queued work to posted requests.
+//!
+//! Work is planned only when its turn on the lane comes, so memory does not grow with what is queued, and requests
+//! are built in buffers that are used again: in steady state nothing here allocates.
+//!
+//! Slots come first: a request is built only after its send-queue slot, and the peer's receive if it carries an
+//! immediate, have been taken. When there are none the lane waits for completions or credits.
+
+use std::{collections::HashMap, sync::Arc};
+
+use super::{AccessEntry, Core, PushEntry, Rail, session::Lane};
+use crate::{
+    endpoint::control::ConnId,
+    fabric::{FabricError, LocalKey, Opcode, RemoteKey, Sge, WorkRequest},
+    protocol::Batch,
+};
+
+/// Requests handed to a device at once.
+const BATCH: usize = 64;
+
+/// Whose request it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    Push(u64),
+    Access(u64),
+}
+
+/// Work for one lane.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// Pages of one block of one layer: `source[from .. from + count]` go to the positions from `first`.
+    Pages {
+        push: u64,
+        layer: u32,
+        first: u32,
+        source: Arc<[u32]>,
+        from: u32,
+        count: u32,
+        /// The immediate of the part, if this completes it.
+        completes: Option<u32>,
+    },
+    /// The tail, which the push has ready.
+    Tail { push: u64 },
+    /// A one-sided access.
+    Access { access: u64 },
+}
+
+/// The task a lane is posting, planned.
+#[derive(Debug)]
+pub(super) enum Current {
+    /// The lane's plan, from write `next` on.
+    Pages { push: u64, next: usize, completes: Option<u32> },
+    Tail { push: u64 },
+    /// From byte `done` on.
+    Access { access: u64, done: u64 },
+}
+
+/// Buffers that are used again.
+#[derive(Default)]
+pub(super) struct Scratch {
+    requests: Vec<WorkRequest>,
+    sges: Vec<Sge>,
+    batches: Vec<Batch<Owner>>,
+    retired: Vec<Batch<Owner>>,
+}
+
+/// What a post needs from outside of the lane.
+struct Work<'a> {
+    rail: &'a mut Rail,
+    pushes: &'a mut HashMap<u64, PushEntry>,
+    accesses: &'a mut HashMap<u64, AccessEntry>,
+    scratch: &'a mut Scratch,
+}
+
+impl Core {
+    /// Posts what can be posted on `lane`.
+    pub(super) fn pump(&mut self, conn: ConnId, lane: usize) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let peer = session.name();
+        let Some(lane) = session.lanes.get_mut(lane) else { return };
+        if lane.current.is_none() && lane.queue.is_empty() {
+            return;
+        }
+        let mut work = Work {
+            rail: &mut self.rails[lane.rail],
+            pushes: &mut self.pushes,
+            accesses: &mut self.accesses,
+            scratch: &mut self.scratch,
+        };
+        if let Err(source) = work.run(lane) {
+            let error = crate::endpoint::PeerError::Fabric { peer, source };
+            self.end_session(conn, error, Some((crate::wire::GoodbyeCode::Error, "post failed")));
+        }
+    }
+
+    /// A signalled request and all before it have completed.
+    pub(super) fn sent(&mut self, conn: ConnId, index: usize, id: u64) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(lane) = session.lanes.get_mut(index) else { return };
+        let mut retired = std::mem::take(&mut self.scratch.retired);
+        retired.clear();
+        let Some(count) = lane.ledger.complete(id, |batch| retired.push(batch)) else {
+            // A device that completes what was not posted is not to be trusted with memory.
+            self.scratch.retired = retired;
+            self.violation(conn, &format!("completion {id} of a request that is not in flight"));
+            return;
+        };
+        lane.send.retire(count);
+        for batch in &retired {
+            self.retire(*batch);
+        }
+        self.scratch.retired = retired;
+        self.pump(conn, index);
+    }
+
+    /// Requests of a push or an access are no longer in flight.
+    pub(super) fn retire(&mut self, batch: Batch<Owner>) {
+        match batch.owner {
+            Owner::Push(id) => {
+                let Some(push) = self.pushes.get_mut(&id) else { return };
+                let action = push.machine.retired(batch.requests);
+                self.push_action(id, action);
+            }
+            Owner::Access(id) => self.access_retired(id, batch.requests),
+        }
+    }
+}
+
+impl Work<'_> {
+    fn run(&mut self, lane: &mut Lane) -> Result<(), FabricError> {
+        self.scratch.requests.clear();
+        self.scratch.sges.clear();
+        self.scratch.batches.clear();
+        loop {
+            if lane.current.is_none() && !self.next_task(lane) {
+                break;
+            }
+            if !self.fill(lane)? {
+                break;
+            }
+            lane.current = None;
+        }
+        self.flush(lane)
+    }
+
+    /// Takes the next task that is still wanted and plans it.
+    fn next_task(&mut self, lane: &mut Lane) -> bool {
+        while let Some(task) = lane.queue.pop_front() {
+            match task {
+                Task::Pages { push: id, layer, first, source, from, count, completes } => {
+                    let Some(push) = self.pushes.get_mut(&id) else { continue };
+                    if !push.machine.may_post() {
+                        continue;
+                    }
+                    lane.plan.clear();
+                    let (from, first, count) = (from as usize, first as usize, count as usize);
+                    let pages = source
+                        .get(from..from + count)
+                        .zip(push.grant.pages().get(first..first + count));
+                    let planned = pages.zip(push.planner.as_ref()).map(|((source, to), planner)| {
+                        planner.plan(layer, source, to, &mut lane.plan)
+                    });
+                    // Pages and layers were checked when they were handed over, and the peer's layout when the push
+                    // was opened.
+                    debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
+                    lane.current = Some(Current::Pages { push: id, next: 0, completes });
+                }
+                Task::Tail { push } => lane.current = Some(Current::Tail { push }),
+                Task::Access { access } => lane.current = Some(Current::Access { access, done: 0 }),
+            }
+            return true;
+        }
+        false
+    }
+
+    /// Builds the requests of the current task. Returns whether all of it has been built.
+    fn fill(&mut self, lane: &mut Lane) -> Result<bool, FabricError> {
+        match lane.current {
+            None => Ok(true),
+            Some(Current::Pages { push, next, completes }) => self.fill_pages(lane, push, next, completes),
+            Some(Current::Tail { push }) => self.fill_tail(lane, push),
+            Some(Current::Access { access, done }) => self.fill_access(lane, access, done),
+        }
+    }
+
+    fn fill_pages(
+        &mut self,
+        lane: &mut Lane,
+        id: u64,
+        mut next: usize,
+        completes: Option<u32>,
+    ) -> Result<bool, FabricError> {
+        let total = lane.plan.writes.len();
+        while next < total {
+            // Looked up again after each flush, which needs the pushes too.
+            let Some(push) = self.pushes.get(&id) else { return Ok(true) };
+            let Some(targets) = push.targets(lane.remote_rail) else { return Ok(true) };
+            let source = Arc::clone(&push.source);
+            let targets = Arc::clone(targets);
+            while next < total && self.scratch.requests.len() < BATCH {
+                let imm = completes.filter(|_| next + 1 == total);
+                if !lane.send.take(1, imm.is_some().into()) {
+                    lane.current = Some(Current::Pages { push: id, next, completes });
+                    return Ok(false);
+                }
+                let write = lane.plan.writes[next];
+                let first_sge = self.scratch.sges.len() as u32;
+                for run in lane.plan.sources_of(&write) {
+                    let region = &source.record.regions[usize::from(run.region)];
+                    self.scratch.sges.push(Sge {
+                        address: region.address() + run.offset,
+                        length: run.length,
+                        key: region.keys()[lane.rail].local,
+                    });
+                }
+                let target = targets[usize::from(write.region)];
+                self.request(
+                    lane,
+                    Owner::Push(id),
+                    WorkRequest {
+                        id: 0,
+                        opcode: imm.map_or(Opcode::Write, Opcode::WriteImm),
+                        remote_address: target.address + write.offset,
+                        remote_key: target.key,
+                        first_sge,
+                        sge_count: write.source_count,
+                        signaled: false,
+                        inline: false,
+                    },
+                    u64::from(write.length),
+                );
+                next += 1;
+            }
+            if self.scratch.requests.len() >= BATCH {
+                lane.current = Some(Current::Pages { push: id, next, completes });
+                self.flush(lane)?;
+            }
+        }
+        if let Some(push) = self.pushes.get_mut(&id) {
+            push.machine.dequeue();
+        }
+        Ok(true)
+    }
+
+    fn fill_tail(&mut self, lane: &mut Lane, id: u64) -> Result<bool, FabricError> {
+        let Some(push) = self.pushes.get_mut(&id) else { return Ok(true) };
+        if !push.machine.may_post() {
+            return Ok(true);
+        }
+        let Some((address, key, length, target)) = push.tail(lane.rail, lane.remote_rail) else {
+            return Ok(true);
+        };
+        if !lane.send.take(1, 1) {
+            return Ok(false);
+        }
+        push.machine.dequeue();
+        let imm = push.imm(push.blocks_tail());
+        let first_sge = self.scratch.sges.len() as u32;
+        self.scratch.sges.push(Sge { address, length, key });
+        self.request(
+            lane,
+            Owner::Push(id),
+            WorkRequest {
+                id: 0,
+                opcode: Opcode::WriteImm(imm),
+                remote_address: target.address,
+                remote_key: target.key,
+                first_sge,
+                sge_count: 1,
+                signaled: false,
+                inline: length <= lane.config.max_inline,
+            },
+            length.into(),
+        );
+        Ok(true)
+    }
+
+    fn fill_access(&mut self, lane: &mut Lane, id: u64, mut done: u64) -> Result<bool, FabricError> {
+        loop {
+            let Some(access) = self.accesses.get(&id) else { return Ok(true) };
+            let Some(piece) = access.piece(done, lane.rail, lane.remote_rail) else { break };
+            if self.scratch.requests.len() >= BATCH {
+                lane.current = Some(Current::Access { access: id, done });
+                self.flush(lane)?;
+                continue;
+            }
+            if !lane.send.take(1, 0) {
+                lane.current = Some(Current::Access { access: id, done });
+                return Ok(false);
+            }
+            let first_sge = self.scratch.sges.len() as u32;
+            self.scratch.sges.push(piece.local);
+            let request = WorkRequest {
+                id: 0,
+                opcode: piece.opcode,
+                remote_address: piece.remote_address,
+                remote_key: piece.remote_key,
+                first_sge,
+                sge_count: 1,
+                signaled: false,
+                inline: false,
+            };
+            self.request(lane, Owner::Access(id), request, piece.local.length.into());
+            done += u64::from(piece.local.length);
+        }
+        if let Some(access) = self.accesses.get_mut(&id) {
+            access.wholly_posted = true;
+        }
+        Ok(true)
+    }
+
+    /// Adds a request to the batch under construction. Its slot has been taken.
+    fn request(&mut self, lane: &mut Lane, owner: Owner, mut request: WorkRequest, bytes: u64) {
+        request.id = lane.ledger.next_sequence() + self.scratch.requests.len() as u64;
+        lane.unsignalled += 1;
+        if lane.unsignalled >= (lane.config.send_depth / 4).max(1) {
+            request.signaled = true;
+            lane.unsignalled = 0;
+        }
+        self.scratch.requests.push(request);
+        match self.scratch.batches.last_mut() {
+            Some(last) if last.owner == owner => {
+                last.requests += 1;
+                last.bytes += bytes;
+            }
+            _ => self.scratch.batches.push(Batch { owner, requests: 1, bytes }),
+        }
+    }
+
+    /// Posts the batch. Its last request is signalled, so everything posted is covered by a completion to come.
+    fn flush(&mut self, lane: &mut Lane) -> Result<(), FabricError> {
+        let Some(last) = self.scratch.requests.last_mut() else { return Ok(()) };
+        last.signaled = true;
+        lane.unsignalled = 0;
+        let result = self.rail.context.post(lane.id, &self.scratch.requests, &self.scratch.sges);
+        let mut posted = match &result {
+            Ok(()) => self.scratch.requests.len(),
+            Err(error) => error.posted.min(self.scratch.requests.len()),
+        } as u32;
+        for batch in &self.scratch.batches {
+            let requests = batch.requests.min(posted);
+            posted -= requests;
+            lane.ledger.post(Batch { requests, ..*batch });
+            match batch.owner {
+                Owner::Push(id) => {
+                    if let Some(push) = self.pushes.get_mut(&id) {
+                        push.machine.posted(requests);
+                        push.requests += u64::from(requests);
+                        push.bytes += batch.bytes;
+                    }
+                }
+                Owner::Access(id) => {
+                    if let Some(access) = self.accesses.get_mut(&id) {
+                        access.in_flight += u64::from(requests);
+                    }
+                }
+            }
+        }
+        self.scratch.requests.clear();
+        self.scratch.sges.clear();
+        self.scratch.batches.clear();
+        result.map_err(|error| error.source)
+    }
+}

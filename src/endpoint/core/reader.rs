@@ -1,0 +1,418 @@
+//! The accepting side: it issues grants, counts what arrives, and takes grants back.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+
+use super::{
+    Core,
+    session::{Phase, Role, Session},
+    timers::Timer,
+};
+use crate::{
+    endpoint::{
+        ArrivalError, PeerError,
+        control::ConnId,
+        shared::{ArrivalShared, PoolHandle, TailSlot},
+    },
+    memory::Region,
+    protocol::{ArrivalAction, ArrivalEnd, ArrivalMachine, Blocks, PartMap, PartOutcome, Time},
+    wire::{
+        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, Hello, HelloAck, HelloReject, Imm,
+        LaneAnswer, Message, Open, PoolDescriptor, Refuse, RefuseCode, RegionDescriptor, RegionKey,
+        RejectCode, Revoke, RevokeReason, TailTarget,
+    },
+};
+
+/// How long a writer has until it must have answered anything at all; see `Config::revoke_grace`.
+const KEEPALIVE_MS: u32 = 0;
+
+/// One grant that has not ended.
+pub(crate) struct ArrivalEntry {
+    pub(crate) grant: Grant,
+    pub(crate) pool: Arc<PoolHandle>,
+    pub(crate) shared: Arc<ArrivalShared>,
+    pub(crate) tail_slot: TailSlot,
+    parts: PartMap,
+    blocks: Blocks,
+    valid_for: Duration,
+    machine: ArrivalMachine<ArrivalError>,
+    /// The session that opened it, its name there, and its slot in immediates.
+    opened: Option<(ConnId, u64, u16)>,
+}
+
+impl ArrivalEntry {
+    pub(crate) fn new(
+        grant: Grant,
+        pool: Arc<PoolHandle>,
+        shared: Arc<ArrivalShared>,
+        tail_slot: TailSlot,
+        blocks: Blocks,
+        valid_for: Duration,
+    ) -> Self {
+        Self {
+            grant,
+            pool,
+            shared,
+            tail_slot,
+            parts: PartMap::new(blocks),
+            blocks,
+            valid_for,
+            machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
+            opened: None,
+        }
+    }
+}
+
+impl Core {
+    pub(super) fn add_grant(&mut self, mut entry: ArrivalEntry) {
+        entry.machine = ArrivalMachine::new(self.now + entry.valid_for, self.config.revoke_grace);
+        let slot = entry.grant.id().slot;
+        self.timers.at(entry.machine.next_deadline(), Timer::Arrival(slot));
+        self.arrivals.insert(slot, entry);
+    }
+
+    pub(super) fn revoke(&mut self, id: GrantId) {
+        let Some(arrival) = self.arrivals.get_mut(&id.slot) else { return };
+        if arrival.grant.id() == id {
+            let action = arrival.machine.revoke(self.now);
+            self.arrival_action(id.slot, action);
+        }
+    }
+
+    pub(super) fn arrival_timer(&mut self, slot: u32) {
+        // A timer of an earlier user of the slot finds the machine of the next one, which knows its own deadline.
+        let Some(arrival) = self.arrivals.get_mut(&slot) else { return };
+        let action = arrival.machine.tick(self.now);
+        self.arrival_action(slot, action);
+    }
+
+    /// A peer offers lanes: connect them, or say why not.
+    pub(super) fn hello(&mut self, conn: ConnId, hello: Hello) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        if session.phase != Phase::Connecting {
+            self.violation(conn, "a second offer of lanes");
+            return;
+        }
+        session.peer_name = hello.name.clone();
+        let own = hello.incarnation == self.incarnation;
+        let result = if own {
+            Err((RejectCode::SelfConnect, "this endpoint dialled itself".to_owned()))
+        } else {
+            self.answer(conn, &hello)
+        };
+        match result {
+            Ok(lanes) => {
+                let ack = HelloAck {
+                    incarnation: self.incarnation,
+                    name: self.config.name.clone(),
+                    receives_per_lane: self
+                        .sessions
+                        .get(&conn)
+                        .and_then(|s| s.lanes.iter().map(|lane| lane.config.receive_depth).min())
+                        .unwrap_or(0),
+                    lanes,
+                    keepalive_ms: KEEPALIVE_MS,
+                };
+                self.send(conn, &Message::HelloAck(ack));
+            }
+            Err((code, detail)) => {
+                tracing::warn!(peer = hello.name, %code, detail, "session refused");
+                let supported = self.supported();
+                self.send(conn, &Message::HelloReject(HelloReject { code, supported, detail }));
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        conn: ConnId,
+        hello: &Hello,
+    ) -> Result<Vec<LaneAnswer>, (RejectCode, String)> {
+        let rails = self.rails_of(hello.fabric);
+        if rails.is_empty() || hello.lanes.is_empty() {
+            return Err((RejectCode::NoCommonFabric, format!("no {} rail here", hello.fabric)));
+        }
+        let Some(host) = self.sessions.get(&conn).and_then(|s| s.peer).map(|peer| peer.ip()) else {
+            return Err((RejectCode::Other, "no address".to_owned()));
+        };
+        let mut lanes = Vec::new();
+        let mut answers = Vec::new();
+        for offer in &hello.lanes {
+            let rail = rails[usize::from(offer.remote_rail) % rails.len()];
+            let made = self.create_lane(Role::Acceptor, rail, offer.rail).and_then(|(lane, address)| {
+                let id = lane.id;
+                lanes.push(lane);
+                answers.push(LaneAnswer { rail: rail as u8, address });
+                self.rails[rail].context.connect_lane(id, &offer.address, host, false)
+            });
+            if let Err(error) = made {
+                self.destroy_lanes(&mut lanes);
+                return Err((RejectCode::LaneSetup, error.to_string()));
+            }
+        }
+        self.adopt_lanes(conn, lanes);
+        if let Some(session) = self.sessions.get_mut(&conn) {
+            session.phase = Phase::Ready;
+            session.slots = vec![None; usize::from(Imm::SLOTS)];
+        }
+        Ok(answers)
+    }
+
+    /// A peer wants to use a grant.
+    pub(super) fn open(&mut self, conn: ConnId, open: &Open) {
+        let Some(session) = self.sessions.get(&conn) else { return };
+        if session.phase != Phase::Ready {
+            // It was sent behind an offer that has been refused, and will be sent again behind the next.
+            return;
+        }
+        match self.try_open(conn, open) {
+            Ok(accept) => self.send(conn, &Message::Accept(Box::new(accept))),
+            Err((code, detail)) => {
+                let peer = self.sessions.get(&conn).map(Session::name).unwrap_or_default();
+                tracing::info!(peer, %code, detail, "grant refused");
+                let refuse = Refuse { push: open.push, code, detail: detail.to_owned() };
+                self.send(conn, &Message::Refuse(refuse));
+            }
+        }
+    }
+
+    fn try_open(&mut self, conn: ConnId, open: &Open) -> Result<Accept, (RefuseCode, &'static str)> {
+        if open.incarnation != self.incarnation {
+            return Err((RefuseCode::WrongIncarnation, "the endpoint has restarted since"));
+        }
+        let ended = (RefuseCode::StaleGeneration, "the grant has completed, expired or been revoked");
+        let Some(arrival) = self.arrivals.get_mut(&open.grant.slot) else {
+            return Err(if self.tails.knows(open.grant) { ended } else { (RefuseCode::UnknownGrant, "") });
+        };
+        if arrival.grant.id() != open.grant {
+            return Err(if self.tails.knows(open.grant) { ended } else { (RefuseCode::UnknownGrant, "") });
+        }
+        if !arrival.grant.digest().matches(&open.digest) || arrival.grant.pool() != open.pool {
+            return Err((RefuseCode::DigestMismatch, "its content has been changed on the way"));
+        }
+        if !arrival.machine.is_granted() {
+            return Err((RefuseCode::AlreadyOpened, "another push uses it"));
+        }
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return Err((RefuseCode::Other, "no session"));
+        };
+        let Some(slot) = session.take_slot(open.grant.slot) else {
+            return Err((RefuseCode::Busy, "too many pushes from this peer at once"));
+        };
+        let Some(remaining) = arrival.machine.open(self.now) else {
+            session.slots[usize::from(slot)] = None;
+            return Err((RefuseCode::Expired, "its deadline has passed"));
+        };
+        arrival.opened = Some((conn, open.push, slot));
+        let mut rails: Vec<usize> = session.lanes.iter().map(|lane| lane.rail).collect();
+        rails.sort_unstable();
+        rails.dedup();
+        let record = &arrival.pool.record;
+        let pool = open.want_pool.then(|| PoolDescriptor {
+            pool: record.id,
+            layout: record.layout.clone(),
+            regions: record
+                .regions
+                .iter()
+                .map(|region| RegionDescriptor {
+                    length: region.length(),
+                    keys: region_keys(region, &rails),
+                })
+                .collect(),
+        });
+        Ok(Accept {
+            push: open.push,
+            slot,
+            remaining_ns: u64::try_from(remaining.as_nanos()).unwrap_or(u64::MAX),
+            tail: TailTarget {
+                address: arrival.tail_slot.address(),
+                keys: rails
+                    .iter()
+                    .filter_map(|&rail| Some((rail as u8, arrival.tail_slot.remote(rail)?)))
+                    .collect(),
+                capacity: arrival.grant.tail_capacity(),
+            },
+            pool,
+        })
+    }
+
+    /// A write with immediate has been placed: a part is there.
+    pub(super) fn part_arrived(&mut self, conn: ConnId, index: usize, imm: u32) {
+        let imm = Imm::from_wire(imm);
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(lane) = session.lanes.get_mut(index) else { return };
+        if let Some(count) = lane.receive.consume() {
+            let id = lane.id;
+            match self.rails[lane.rail].context.post_receives(id, count) {
+                Ok(()) => {
+                    let total = lane.receive.posted(count);
+                    let lane = index as u16;
+                    self.send(conn, &Message::Credits(Credits { lane, total }));
+                }
+                Err(source) => {
+                    let error = PeerError::Fabric { peer: session.name(), source };
+                    self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
+                    return;
+                }
+            }
+        }
+        let slot = self
+            .sessions
+            .get(&conn)
+            .and_then(|session| session.slots.get(usize::from(imm.slot())).copied().flatten());
+        let Some((slot, arrival)) =
+            slot.and_then(|slot| Some((slot, self.arrivals.get_mut(&slot)?)))
+        else {
+            self.violation(conn, "a part of no open grant");
+            return;
+        };
+        if !arrival.machine.is_open() {
+            // It is being taken back; what still arrives before the writer has stopped does not count.
+            return;
+        }
+        match arrival.parts.arrive(imm.part()) {
+            PartOutcome::Unknown => self.violation(conn, "a part beyond those of the grant"),
+            PartOutcome::Duplicate | PartOutcome::Counted => {}
+            PartOutcome::LayerComplete(layer) => {
+                arrival.shared.signal.update(|state| state.layer_complete(layer));
+                self.complete_if_whole(slot);
+            }
+            PartOutcome::Tail => self.complete_if_whole(slot),
+        }
+    }
+
+    fn complete_if_whole(&mut self, slot: u32) {
+        let Some(arrival) = self.arrivals.get_mut(&slot) else { return };
+        if !arrival.parts.is_complete() {
+            return;
+        }
+        let action = match arrival.tail_slot.load(arrival.grant.id().generation) {
+            Some(tail) => {
+                arrival.shared.signal.update(|state| state.tail = Some(tail));
+                arrival.machine.completed()
+            }
+            None => {
+                let conn = arrival.opened.map(|(conn, ..)| conn);
+                let Some(conn) = conn else { return };
+                self.violation(conn, "a tail of another grant, or longer than its room");
+                return;
+            }
+        };
+        self.arrival_action(slot, action);
+    }
+
+    /// A writer has nothing in flight any more, as it was asked.
+    pub(super) fn drained(&mut self, conn: ConnId, push: u64) {
+        let Some((slot, arrival)) = self.arrival_of(conn, push) else { return };
+        let action = arrival.machine.drained();
+        self.arrival_action(slot, action);
+    }
+
+    /// A writer gave up by itself.
+    pub(super) fn given_up(&mut self, conn: ConnId, cancel: Cancel) {
+        let Some((slot, arrival)) = self.arrival_of(conn, cancel.push) else { return };
+        let action = arrival.machine.given_up(ArrivalError::Abandoned { detail: cancel.detail });
+        self.arrival_action(slot, action);
+    }
+
+    fn arrival_of(&mut self, conn: ConnId, push: u64) -> Option<(u32, &mut ArrivalEntry)> {
+        let session = self.sessions.get(&conn)?;
+        let slot = session.slots.iter().flatten().copied().find(|slot| {
+            self.arrivals
+                .get(slot)
+                .and_then(|arrival| arrival.opened)
+                .is_some_and(|(opener, name, _)| opener == conn && name == push)
+        })?;
+        Some((slot, self.arrivals.get_mut(&slot)?))
+    }
+
+    /// Does what an arrival's machine asks for.
+    fn arrival_action(&mut self, slot: u32, action: ArrivalAction<ArrivalError>) {
+        let Some(arrival) = self.arrivals.get_mut(&slot) else { return };
+        match action {
+            ArrivalAction::None => {
+                self.timers.at(arrival.machine.next_deadline().filter(|&at| at > self.now), Timer::Arrival(slot));
+            }
+            ArrivalAction::SendRevoke { expired } => {
+                self.timers.at(arrival.machine.next_deadline(), Timer::Arrival(slot));
+                let Some((conn, push, _)) = arrival.opened else { return };
+                let reason = if expired { RevokeReason::Expired } else { RevokeReason::Requested };
+                self.send(conn, &Message::Revoke(Revoke { push, reason }));
+            }
+            ArrivalAction::Fence => {
+                let Some((conn, ..)) = arrival.opened else { return };
+                let Some(session) = self.sessions.get(&conn) else { return };
+                let error =
+                    PeerError::Silent { peer: session.name(), waited: self.config.revoke_grace };
+                // Ends this arrival too, with the reason it was taken back for.
+                self.end_session(conn, error, Some((GoodbyeCode::Timeout, "no answer to a revoke")));
+            }
+            ArrivalAction::End(end) => {
+                let Some(arrival) = self.arrivals.remove(&slot) else { return };
+                let result = match end {
+                    ArrivalEnd::Completed => Ok(()),
+                    ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
+                    ArrivalEnd::Expired => Err(ArrivalError::Expired {
+                        missing: arrival.parts.missing(),
+                        parts: arrival.blocks.parts(),
+                    }),
+                    ArrivalEnd::Failed(error) => Err(error),
+                };
+                if let Some((conn, push, imm_slot)) = arrival.opened {
+                    if let Some(session) = self.sessions.get_mut(&conn) {
+                        session.slots[usize::from(imm_slot)] = None;
+                        if result.is_ok() {
+                            self.send(conn, &Message::Done { push });
+                        }
+                    }
+                }
+                // The pages are free before anyone is told, so that a caller who waits for the end can grant them.
+                arrival.pool.record.release(arrival.grant.pages(), arrival.grant.heads());
+                arrival.shared.signal.update(|state| state.end = Some(result));
+            }
+        }
+    }
+
+    /// The lanes of a session are gone: nothing of its grants can land any more.
+    pub(super) fn stop_arrivals(&mut self, session: &Session, error: &PeerError) {
+        for slot in session.slots.iter().flatten() {
+            let Some(arrival) = self.arrivals.get_mut(slot) else { continue };
+            let action = arrival.machine.unreachable(ArrivalError::Peer(error.clone()));
+            self.arrival_action(*slot, action);
+        }
+    }
+
+    /// The endpoint is shutting down; all sessions are gone.
+    pub(super) fn close_arrivals(&mut self) {
+        let slots: Vec<u32> = self.arrivals.keys().copied().collect();
+        for slot in slots {
+            let Some(arrival) = self.arrivals.get_mut(&slot) else { continue };
+            let action = arrival.machine.fail(self.now, ArrivalError::Peer(PeerError::Closed));
+            self.arrival_action(slot, action);
+        }
+    }
+}
+
+impl Session {
+    /// A free slot of the immediate for the grant in `grant_slot`: the one that has been free longest, roughly.
+    fn take_slot(&mut self, grant_slot: u32) -> Option<u16> {
+        let count = self.slots.len();
+        let slot =
+            (0..count).map(|step| (self.next_slot + step) % count).find(|&s| self.slots[s].is_none())?;
+        self.next_slot = slot + 1;
+        self.slots[slot] = Some(grant_slot);
+        Some(slot as u16)
+    }
+}
+
+/// The keys of `region` on `rails`.
+pub(super) fn region_keys(region: &Region, rails: &[usize]) -> Vec<RegionKey> {
+    rails
+        .iter()
+        .filter_map(|&rail| {
+            let keys = region.keys().get(rail)?;
+            Some(RegionKey { rail: rail as u8, address: region.address(), rkey: keys.remote })
+        })
+        .collect()
+}

@@ -1,0 +1,234 @@
+//! Sessions: one control connection and the lanes that belong to it.
+//!
+//! Roles are fixed: who dials writes. The dialler offers lanes of its best fabric; an acceptor that lacks that fabric
+//! says what it has, and the dialler offers again over the same connection.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use super::{
+    Core,
+    pump::{Current, Owner, Task},
+    writer::RemotePool,
+};
+use crate::{
+    endpoint::control::ConnId,
+    fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
+    kv::Plan,
+    protocol::{LaneLedger, ReceiveCredits, SendCredits},
+    wire::{Incarnation, PoolId},
+};
+
+/// Who dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Dialler,
+    Acceptor,
+}
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// The control connection is being made (dialler), or nothing has been said (acceptor).
+    Connecting,
+    /// The dialler has offered lanes.
+    Offered,
+    /// Lanes are connected.
+    Ready,
+}
+
+/// One control connection and its lanes.
+pub(super) struct Session {
+    pub(super) role: Role,
+    pub(super) phase: Phase,
+    pub(super) peer: Option<SocketAddr>,
+    pub(super) peer_name: String,
+    pub(super) lanes: Vec<Lane>,
+    /// Dialler: who is expected to answer.
+    pub(super) expected: Option<Incarnation>,
+    /// Dialler: fabrics not tried yet, best last.
+    pub(super) untried: Vec<FabricKind>,
+    /// Dialler: pushes of this session.
+    pub(super) pushes: BTreeSet<u64>,
+    /// Dialler: what the peer has told of its pools.
+    pub(super) remote_pools: HashMap<PoolId, Arc<RemotePool>>,
+    /// Dialler: where the next block goes if all lanes are equally busy.
+    pub(super) next_lane: usize,
+    /// Acceptor: the grant slot behind each slot of an immediate.
+    pub(super) slots: Vec<Option<u32>>,
+    /// Acceptor: where the search for a free slot begins, so that slots are reused as late as possible.
+    pub(super) next_slot: usize,
+}
+
+impl Session {
+    pub(super) fn dialled(expected: Incarnation, peer_name: String, untried: Vec<FabricKind>) -> Self {
+        Self {
+            role: Role::Dialler,
+            phase: Phase::Connecting,
+            peer: None,
+            peer_name,
+            lanes: Vec::new(),
+            expected: Some(expected),
+            untried,
+            pushes: BTreeSet::new(),
+            remote_pools: HashMap::new(),
+            next_lane: 0,
+            slots: Vec::new(),
+            next_slot: 0,
+        }
+    }
+
+    pub(super) fn accepted(peer: SocketAddr) -> Self {
+        Self {
+            role: Role::Acceptor,
+            peer: Some(peer),
+            expected: None,
+            ..Self::dialled(Incarnation::NONE, String::new(), Vec::new())
+        }
+    }
+
+    /// The peer for people: its own name, and its address.
+    pub(super) fn name(&self) -> String {
+        match self.peer {
+            Some(peer) if self.peer_name.is_empty() => peer.to_string(),
+            Some(peer) => format!("{} ({peer})", self.peer_name),
+            None => self.peer_name.clone(),
+        }
+    }
+}
+
+/// One lane of a session.
+pub(super) struct Lane {
+    pub(super) rail: usize,
+    pub(super) remote_rail: u8,
+    pub(super) id: LaneId,
+    pub(super) config: LaneConfig,
+    /// Completion-queue entries reserved.
+    pub(super) reserved: u32,
+    pub(super) send: SendCredits,
+    pub(super) receive: ReceiveCredits,
+    /// Receives the peer posts on its end.
+    pub(super) peer_receives: u32,
+    pub(super) ledger: LaneLedger<Owner>,
+    pub(super) queue: VecDeque<Task>,
+    pub(super) current: Option<Current>,
+    pub(super) plan: Plan,
+    /// Requests posted since the last signalled one.
+    pub(super) unsignalled: u32,
+}
+
+impl Lane {
+    /// Whether completions are to come or work is waiting.
+    pub(super) fn is_busy(&self) -> bool {
+        self.ledger.in_flight() > 0 || self.current.is_some() || !self.queue.is_empty()
+    }
+
+    /// How much is waiting, to find the least loaded lane.
+    pub(super) fn backlog(&self) -> u64 {
+        self.queue.len() as u64 + u64::from(self.current.is_some()) + self.ledger.in_flight()
+    }
+}
+
+impl Core {
+    /// A new connection of our own.
+    pub(super) fn allocate_conn(&mut self) -> ConnId {
+        self.next_conn += 1;
+        ConnId::dialled(self.next_conn)
+    }
+
+    /// The rails of `kind` that can be used.
+    pub(super) fn rails_of(&self, kind: FabricKind) -> Vec<usize> {
+        (0..self.rails.len())
+            .filter(|&rail| self.rails[rail].kind == kind && !self.rails[rail].dead)
+            .collect()
+    }
+
+    /// The kinds of fabric there are, as a mask.
+    pub(super) fn supported(&self) -> u8 {
+        self.rails.iter().filter(|rail| !rail.dead).fold(0, |mask, rail| mask | rail.kind as u8)
+    }
+
+    /// Makes a lane on `rail` and reserves its completions.
+    pub(super) fn create_lane(
+        &mut self,
+        role: Role,
+        rail: usize,
+        remote_rail: u8,
+    ) -> Result<(Lane, LaneAddress), FabricError> {
+        let config = self.lane_config(role, rail);
+        let rail_ref = &mut self.rails[rail];
+        // A failing lane completes everything it holds, signalled or not, so all of it is reserved.
+        let reserved = config.send_depth + config.receive_depth;
+        if reserved > rail_ref.completions_free {
+            let info = rail_ref.device.info();
+            return Err(FabricError {
+                device: info.name.clone(),
+                port: info.port,
+                operation: "reserve completions",
+                kind: FabricErrorKind::Limit {
+                    what: "completion-queue entries",
+                    value: reserved.into(),
+                    limit: rail_ref.completions_free.into(),
+                },
+                hint: Some("too many peers for this rail's completion queue"),
+            });
+        }
+        let (id, address) = rail_ref.context.create_lane(&config)?;
+        rail_ref.completions_free -= reserved;
+        let lane = Lane {
+            rail,
+            remote_rail,
+            id,
+            config,
+            reserved,
+            send: SendCredits::new(config.send_depth, 0),
+            receive: ReceiveCredits::new(config.receive_depth),
+            peer_receives: 0,
+            ledger: LaneLedger::new(),
+            queue: VecDeque::new(),
+            current: None,
+            plan: Plan::default(),
+            unsignalled: 0,
+        };
+        Ok((lane, address))
+    }
+
+    fn lane_config(&self, role: Role, rail: usize) -> LaneConfig {
+        let (config, caps) = (&self.config, &self.rails[rail].device.info().caps);
+        let (send_depth, receive_depth) = match role {
+            Role::Dialler => (config.send_depth.min(caps.max_send_depth), 0),
+            Role::Acceptor => (1, config.receive_depth.min(caps.max_receive_depth)),
+        };
+        LaneConfig {
+            send_depth,
+            receive_depth,
+            max_sge: config.max_sge.min(caps.max_sge).max(1),
+            max_inline: config.max_inline.min(caps.max_inline),
+        }
+    }
+
+    /// Makes `lanes` known, so that their completions find `conn`.
+    pub(super) fn adopt_lanes(&mut self, conn: ConnId, lanes: Vec<Lane>) {
+        for (index, lane) in lanes.iter().enumerate() {
+            self.lanes.insert((lane.rail, lane.id), (conn, index));
+        }
+        if let Some(session) = self.sessions.get_mut(&conn) {
+            session.lanes = lanes;
+        }
+    }
+
+    /// Fences and frees `lanes`. On return nothing of the peer can land through them.
+    pub(super) fn destroy_lanes(&mut self, lanes: &mut [Lane]) {
+        for lane in lanes {
+            self.lanes.remove(&(lane.rail, lane.id));
+            let rail = &mut self.rails[lane.rail];
+            rail.completions_free += lane.reserved;
+            if let Err(error) = rail.context.destroy_lane(lane.id) {
+                tracing::error!(%error, "a lane could not be destroyed");
+            }
+        }
+    }
+}

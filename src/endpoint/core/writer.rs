@@ -1,0 +1,669 @@
+//! The dialling side: it opens grants and writes.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use super::{
+    Core,
+    pump::{Current, Owner, Task},
+    session::{Phase, Role, Session},
+    timers::Timer,
+};
+use crate::{
+    endpoint::{
+        PeerError, PushError, PushReport,
+        control::ConnId,
+        shared::{PoolHandle, PushPhase, PushShared, TailSlot},
+    },
+    fabric::{FabricKind, LocalKey, RemoteKey},
+    kv::{KvLayout, PlanError, PlanLimits, Planner, Side},
+    protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
+    wire::{
+        Accept, Cancel, Credits, GoodbyeCode, Grant, Hello, HelloAck, HelloReject, Imm, LaneOffer,
+        Message, Open, PoolDescriptor, RailOffer, Refuse, Revoke, RevokeReason,
+    },
+};
+
+/// Where a region of the peer is, through one of its rails.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    pub(super) address: u64,
+    pub(super) key: RemoteKey,
+}
+
+/// A pool of the peer, checked.
+#[derive(Debug)]
+pub(super) struct RemotePool {
+    layout: KvLayout,
+    /// By the peer's rail: one target for each region.
+    targets: HashMap<u8, Arc<[Target]>>,
+}
+
+impl RemotePool {
+    /// Checks what the peer told: the layout must lie in the regions, and each rail must reach all of them.
+    fn new(descriptor: PoolDescriptor) -> Result<Self, PlanError> {
+        let lengths: Vec<u64> = descriptor.regions.iter().map(|region| region.length).collect();
+        descriptor
+            .layout
+            .validate(&lengths)
+            .map_err(|error| PlanError::Layout { side: Side::Destination, error })?;
+        let mut targets: HashMap<u8, Vec<Target>> = HashMap::new();
+        for region in &descriptor.regions {
+            for key in &region.keys {
+                let target = Target { address: key.address, key: key.rkey };
+                targets.entry(key.rail).or_default().push(target);
+            }
+        }
+        // A rail that lacks a region could not tell which of its keys is whose.
+        targets.retain(|_, list| list.len() == lengths.len());
+        let targets = targets.into_iter().map(|(rail, list)| (rail, list.into())).collect();
+        Ok(Self { layout: descriptor.layout, targets })
+    }
+}
+
+/// One push.
+pub(crate) struct PushEntry {
+    pub(crate) id: u64,
+    pub(crate) grant: Grant,
+    pub(crate) source: Arc<PoolHandle>,
+    pub(crate) shared: Arc<PushShared>,
+    pub(crate) tail_slot: TailSlot,
+    pub(super) machine: PushMachine<PushError>,
+    pub(super) planner: Option<Arc<Planner>>,
+    pub(super) requests: u64,
+    pub(super) bytes: u64,
+    remote: Option<Arc<RemotePool>>,
+    conn: Option<ConnId>,
+    slot: u16,
+    blocks: Option<Blocks>,
+    /// Pages not handed over yet, of each part.
+    remaining: Vec<u32>,
+    /// The lane of each part, once it has one.
+    lane_of: Vec<Option<u16>>,
+    tail_targets: HashMap<u8, Target>,
+    tail_bytes: u32,
+    opened: Time,
+}
+
+impl PushEntry {
+    pub(crate) fn new(
+        id: u64,
+        grant: Grant,
+        source: Arc<PoolHandle>,
+        shared: Arc<PushShared>,
+        tail_slot: TailSlot,
+    ) -> Self {
+        Self {
+            id,
+            grant,
+            source,
+            shared,
+            tail_slot,
+            machine: PushMachine::new(Time(u64::MAX), Duration::ZERO),
+            planner: None,
+            requests: 0,
+            bytes: 0,
+            remote: None,
+            conn: None,
+            slot: 0,
+            blocks: None,
+            remaining: Vec::new(),
+            lane_of: Vec::new(),
+            tail_targets: HashMap::new(),
+            tail_bytes: 0,
+            opened: Time(0),
+        }
+    }
+
+    /// The peer's regions through its rail `rail`.
+    pub(super) fn targets(&self, rail: u8) -> Option<&Arc<[Target]>> {
+        self.remote.as_ref()?.targets.get(&rail)
+    }
+
+    /// The immediate of `part`.
+    pub(super) fn imm(&self, part: u32) -> u32 {
+        // Both were checked against the immediate's bits when the push was accepted.
+        Imm::new(self.slot, part).map_or(0, Imm::to_wire)
+    }
+
+    /// The part of the tail.
+    pub(super) fn blocks_tail(&self) -> u32 {
+        self.blocks.map_or(0, |blocks| blocks.tail())
+    }
+
+    /// The tail's gather element and target.
+    pub(super) fn tail(&self, rail: usize, remote_rail: u8) -> Option<(u64, LocalKey, u32, Target)> {
+        let target = *self.tail_targets.get(&remote_rail)?;
+        let (address, key) = self.tail_slot.local(rail)?;
+        Some((address, key, self.tail_bytes, target))
+    }
+}
+
+impl Core {
+    /// A push begins: over the session there is, or a new one.
+    pub(super) fn open_push(&mut self, mut push: PushEntry) {
+        let id = push.id;
+        let timeout = push.shared.open_timeout.unwrap_or(self.config.open_timeout);
+        push.machine = PushMachine::new(self.now + timeout, self.config.drain_timeout);
+        push.opened = self.now;
+        let issuer = push.grant.issuer();
+        let conn = self.session_to(issuer, push.grant.addresses(), timeout);
+        push.conn = Some(conn);
+        self.timers.at(push.machine.next_deadline(), Timer::Push(id));
+        self.pushes.insert(id, push);
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        session.pushes.insert(id);
+        // While lanes are offered, the opening goes right behind the offer: one round trip for both.
+        if session.phase != Phase::Connecting {
+            self.send_open(conn, id);
+        }
+    }
+
+    /// The session to `incarnation`, dialled if there is none.
+    pub(super) fn session_to(
+        &mut self,
+        incarnation: crate::Incarnation,
+        addresses: &[String],
+        timeout: Duration,
+    ) -> ConnId {
+        if let Some(&conn) = self.dialled.get(&incarnation) {
+            return conn;
+        }
+        let conn = self.allocate_conn();
+        let mut kinds: Vec<FabricKind> = self.rails.iter().map(|rail| rail.kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let session = Session::dialled(incarnation, addresses.join(", "), kinds);
+        self.sessions.insert(conn, session);
+        self.dialled.insert(incarnation, conn);
+        self.control.connect(conn, addresses.to_vec(), timeout);
+        conn
+    }
+
+    /// The control connection stands.
+    pub(super) fn connected(&mut self, conn: ConnId, peer: std::net::SocketAddr) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        session.peer = Some(peer);
+        session.peer_name.clear();
+        self.offer(conn);
+    }
+
+    /// Offers lanes of the best fabric that has not been tried.
+    fn offer(&mut self, conn: ConnId) {
+        let mut failures = Vec::new();
+        loop {
+            let Some(session) = self.sessions.get_mut(&conn) else { return };
+            let peer = session.name();
+            let Some(kind) = session.untried.pop() else {
+                let detail = if failures.is_empty() {
+                    "no fabric in common".to_owned()
+                } else {
+                    failures.join("; ")
+                };
+                let error =
+                    PeerError::Rejected { peer, code: crate::RejectCode::NoCommonFabric, detail };
+                self.end_session(conn, error, Some((GoodbyeCode::Error, "no usable fabric")));
+                return;
+            };
+            match self.offer_kind(conn, kind) {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::warn!(peer, fabric = %kind, %error, "no lanes over this fabric");
+                    failures.push(error.to_string());
+                }
+            }
+        }
+    }
+
+    fn offer_kind(&mut self, conn: ConnId, kind: FabricKind) -> Result<(), crate::fabric::FabricError> {
+        let rails = self.rails_of(kind);
+        let mut lanes = Vec::new();
+        let mut offers = Vec::new();
+        for &rail in &rails {
+            for _ in 0..self.config.lanes_per_rail {
+                let remote_rail = rails.iter().position(|&r| r == rail).unwrap_or(0) as u8;
+                match self.create_lane(Role::Dialler, rail, remote_rail) {
+                    Ok((lane, address)) => {
+                        lanes.push(lane);
+                        offers.push(LaneOffer { rail: rail as u8, remote_rail, address });
+                    }
+                    Err(error) => {
+                        self.destroy_lanes(&mut lanes);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        let rails = rails
+            .iter()
+            .map(|&rail| {
+                let info = self.rails[rail].device.info();
+                RailOffer {
+                    rail: rail as u8,
+                    speed_bits: info.bits_per_second,
+                    address: info.address.chars().take(64).collect(),
+                }
+            })
+            .collect();
+        self.adopt_lanes(conn, lanes);
+        let hello = Hello {
+            incarnation: self.incarnation,
+            name: self.config.name.clone(),
+            fabric: kind,
+            supported: self.supported(),
+            rails,
+            lanes: offers,
+        };
+        self.send(conn, &Message::Hello(hello));
+        let Some(session) = self.sessions.get_mut(&conn) else { return Ok(()) };
+        session.phase = Phase::Offered;
+        let pushes: Vec<u64> = session.pushes.iter().copied().collect();
+        for push in pushes {
+            self.send_open(conn, push);
+        }
+        self.resend_region_opens(conn);
+        Ok(())
+    }
+
+    fn send_open(&mut self, conn: ConnId, id: u64) {
+        let Some(push) = self.pushes.get(&id) else { return };
+        let Some(session) = self.sessions.get(&conn) else { return };
+        let open = Open {
+            push: id,
+            grant: push.grant.id(),
+            pool: push.grant.pool(),
+            incarnation: push.grant.issuer(),
+            digest: push.grant.digest(),
+            want_pool: !session.remote_pools.contains_key(&push.grant.pool()),
+        };
+        self.send(conn, &Message::Open(open));
+    }
+
+    /// The peer has connected its lanes; now ours.
+    pub(super) fn hello_ack(&mut self, conn: ConnId, ack: HelloAck) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        if session.phase != Phase::Offered || ack.lanes.len() != session.lanes.len() {
+            self.violation(conn, "an answer to no offer, or with another number of lanes");
+            return;
+        }
+        session.peer_name = ack.name;
+        let peer = session.name();
+        let Some(address) = session.peer else { return };
+        if let Some(expected) = session.expected.filter(|&expected| expected != ack.incarnation) {
+            let error = PeerError::Restarted { peer, found: ack.incarnation, expected };
+            self.end_session(conn, error, Some((GoodbyeCode::Error, "you have restarted")));
+            return;
+        }
+        for (lane, answer) in session.lanes.iter_mut().zip(&ack.lanes) {
+            lane.remote_rail = answer.rail;
+            lane.peer_receives = ack.receives_per_lane;
+            lane.send = crate::protocol::SendCredits::new(lane.config.send_depth, ack.receives_per_lane);
+            let context = &mut self.rails[lane.rail].context;
+            if let Err(source) = context.connect_lane(lane.id, &answer.address, address.ip(), true) {
+                let error = PeerError::Fabric { peer, source };
+                self.end_session(conn, error, Some((GoodbyeCode::Error, "lanes do not connect")));
+                return;
+            }
+        }
+        session.phase = Phase::Ready;
+    }
+
+    /// The peer does not want these lanes: try the next fabric that it has.
+    pub(super) fn hello_reject(&mut self, conn: ConnId, reject: HelloReject) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        if session.phase != Phase::Offered {
+            self.violation(conn, "a refusal of no offer");
+            return;
+        }
+        session.untried.retain(|&kind| reject.supported & kind as u8 != 0);
+        let mut lanes = std::mem::take(&mut session.lanes);
+        let may_retry = matches!(
+            reject.code,
+            crate::RejectCode::NoCommonFabric | crate::RejectCode::LaneSetup
+        ) && !session.untried.is_empty();
+        let peer = session.name();
+        self.destroy_lanes(&mut lanes);
+        if may_retry {
+            tracing::info!(peer, code = %reject.code, detail = reject.detail, "next fabric");
+            self.offer(conn);
+        } else {
+            let error = PeerError::Rejected { peer, code: reject.code, detail: reject.detail };
+            self.end_session(conn, error, None);
+        }
+    }
+
+    /// The reader says where to write.
+    pub(super) fn accepted(&mut self, conn: ConnId, mut accept: Accept) {
+        let id = accept.push;
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        if session.phase != Phase::Ready {
+            self.violation(conn, "a grant is accepted before there are lanes");
+            return;
+        }
+        let descriptor = accept.pool.take();
+        let Some(push) = self.pushes.get_mut(&id).filter(|push| push.conn == Some(conn)) else {
+            // It has ended here before the peer could answer; the peer holds it open and must be told.
+            self.tell_ended(conn, id, &PushEnd::Cancelled);
+            return;
+        };
+        if !push.machine.accepted(self.now, Duration::from_nanos(accept.remaining_ns)) {
+            self.violation(conn, "a push is accepted twice");
+            return;
+        }
+        let result = prepare(session, push, &accept, descriptor, &self.config, &self.rails);
+        match result {
+            Ok(()) => {
+                let round_trip = self.now - push.opened;
+                tracing::debug!(push = id, ?round_trip, "push open");
+                push.shared.signal.update(|phase| *phase = PushPhase::Active);
+                self.timers.at(push.machine.next_deadline(), Timer::Push(id));
+            }
+            Err(error) => self.stop_push(id, PushEnd::Failed(error)),
+        }
+    }
+
+    /// The reader does not take this grant.
+    pub(super) fn refused(&mut self, _conn: ConnId, refuse: Refuse) {
+        let error = PushError::Refused { code: refuse.code, detail: refuse.detail };
+        self.stop_push(refuse.push, PushEnd::Failed(error));
+    }
+
+    /// More receives at the peer.
+    pub(super) fn credits(&mut self, conn: ConnId, credits: Credits) {
+        let index = usize::from(credits.lane);
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let known = session
+            .lanes
+            .get_mut(index)
+            .is_some_and(|lane| lane.send.announce(credits.total, lane.peer_receives));
+        if known {
+            self.pump(conn, index);
+        } else {
+            self.violation(conn, "credits for no lane, or more than the lane has receives");
+        }
+    }
+
+    /// The reader wants the pages back.
+    pub(super) fn revoked(&mut self, conn: ConnId, revoke: Revoke) {
+        let reason = revoke.reason as u16;
+        if self.pushes.get(&revoke.push).is_some_and(|push| push.conn == Some(conn)) {
+            self.stop_push(revoke.push, PushEnd::Revoked(reason));
+        } else {
+            // It has ended here: nothing is in flight.
+            self.send(conn, &Message::Drained { push: revoke.push });
+        }
+    }
+
+    /// Source pages for the positions from `first` of `layer`: cut into blocks, each block to its lane.
+    pub(super) fn queue_pages(&mut self, id: u64, layer: u32, first: u32, pages: Arc<[u32]>) {
+        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let (Some(blocks), Some(conn)) = (push.blocks, push.conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        if !push.machine.may_post() {
+            return;
+        }
+        let end = first + pages.len() as u32;
+        let mut touched = 0u64;
+        let mut position = first;
+        while position < end {
+            let block = blocks.block_of(position);
+            let until = blocks.positions(block).1.min(end);
+            let count = until - position;
+            let part = blocks.part(layer, block);
+            let remaining = &mut push.remaining[part as usize];
+            *remaining -= count.min(*remaining);
+            let completes = (*remaining == 0).then(|| Imm::new(push.slot, part).map_or(0, Imm::to_wire));
+            let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
+            push.machine.queue();
+            session.lanes[usize::from(lane)].queue.push_back(Task::Pages {
+                push: id,
+                layer,
+                first: position,
+                source: Arc::clone(&pages),
+                from: position - first,
+                count,
+                completes,
+            });
+            touched |= 1 << (lane % 64);
+            position = until;
+        }
+        for lane in 0..session.lanes.len() {
+            if touched & (1 << (lane % 64)) != 0 {
+                self.pump(conn, lane);
+            }
+        }
+    }
+
+    /// Everything has been handed over; the tail goes last.
+    pub(super) fn finish_push(&mut self, id: u64, tail: &[u8]) {
+        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let Some(conn) = push.conn else { return };
+        if !push.machine.may_post() {
+            return;
+        }
+        push.tail_bytes = push.tail_slot.store(push.grant.id().generation, tail);
+        push.machine.queue();
+        let action = push.machine.finish();
+        debug_assert_eq!(action, PushAction::None);
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let lane = usize::from(session.least_loaded());
+        session.lanes[lane].queue.push_back(Task::Tail { push: id });
+        self.pump(conn, lane);
+    }
+
+    /// This side does not want to go on.
+    pub(super) fn cancel_push(&mut self, id: u64) {
+        self.stop_push(id, PushEnd::Cancelled);
+    }
+
+    pub(super) fn stop_push(&mut self, id: u64, end: PushEnd<PushError>) {
+        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let action = push.machine.stop(self.now, end);
+        self.push_action(id, action);
+    }
+
+    pub(super) fn push_timer(&mut self, id: u64) {
+        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let action = push.machine.tick(self.now);
+        if action == PushAction::None {
+            return;
+        }
+        self.push_action(id, action);
+    }
+
+    /// Does what a push's machine asks for.
+    pub(super) fn push_action(&mut self, id: u64, action: PushAction<PushError>) {
+        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let conn = push.conn;
+        match action {
+            PushAction::None => {}
+            PushAction::StopPosting => {
+                self.timers.at(push.machine.next_deadline(), Timer::Push(id));
+                self.drop_tasks(conn, id);
+            }
+            PushAction::Fence => {
+                let Some(conn) = conn else { return };
+                let Some(session) = self.sessions.get(&conn) else { return };
+                let error =
+                    PeerError::Silent { peer: session.name(), waited: self.config.drain_timeout };
+                self.end_session(conn, error, Some((GoodbyeCode::Timeout, "writes not acknowledged")));
+            }
+            PushAction::End { end, tell_peer } => {
+                self.drop_tasks(conn, id);
+                let Some(push) = self.pushes.remove(&id) else { return };
+                let result = match &end {
+                    PushEnd::Completed => Ok(PushReport {
+                        bytes: push.bytes - u64::from(push.tail_bytes),
+                        writes: push.requests,
+                        elapsed: self.now - push.opened,
+                    }),
+                    PushEnd::Cancelled => Err(PushError::Cancelled),
+                    PushEnd::Expired => Err(PushError::Expired),
+                    PushEnd::Revoked(reason) => Err(PushError::Revoked(
+                        RevokeReason::from_wire(*reason).unwrap_or(RevokeReason::Requested),
+                    )),
+                    PushEnd::Failed(error) => Err(error.clone()),
+                };
+                if let Some(conn) = conn {
+                    if tell_peer {
+                        self.tell_ended(conn, id, &end);
+                    }
+                    self.leave_session(conn, id);
+                }
+                push.shared.signal.update(|phase| *phase = PushPhase::Ended(result));
+            }
+        }
+    }
+
+    fn tell_ended(&mut self, conn: ConnId, push: u64, end: &PushEnd<PushError>) {
+        let message = match end {
+            PushEnd::Revoked(_) => Message::Drained { push },
+            PushEnd::Failed(error) => {
+                Message::Cancel(Cancel { push, code: 0, detail: error.to_string() })
+            }
+            PushEnd::Expired => Message::Cancel(Cancel { push, code: 0, detail: "deadline".into() }),
+            _ => Message::Cancel(Cancel { push, code: 0, detail: "cancelled by the writer".into() }),
+        };
+        if self.sessions.contains_key(&conn) {
+            self.send(conn, &message);
+        }
+    }
+
+    /// A session that has never become ready is of no use without pushes.
+    fn leave_session(&mut self, conn: ConnId, push: u64) {
+        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        session.pushes.remove(&push);
+        if session.phase != Phase::Ready && session.pushes.is_empty() && !self.has_accesses(conn) {
+            self.end_session(conn, PeerError::Closed, None);
+        }
+    }
+
+    fn drop_tasks(&mut self, conn: Option<ConnId>, id: u64) {
+        let Some(session) = conn.and_then(|conn| self.sessions.get_mut(&conn)) else { return };
+        for lane in &mut session.lanes {
+            lane.queue.retain(|task| {
+                !matches!(task, Task::Pages { push, .. } | Task::Tail { push } if *push == id)
+            });
+            if matches!(lane.current, Some(Current::Pages { push, .. } | Current::Tail { push }) if push == id)
+            {
+                lane.current = None;
+            }
+        }
+    }
+
+    /// The lanes of `session` are gone: its pushes fail.
+    pub(super) fn stop_pushes(&mut self, session: &mut Session, error: &PeerError) {
+        for id in std::mem::take(&mut session.pushes) {
+            self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone())));
+        }
+        // What was in flight is so no more. Pushes that were draining end here with their own reason.
+        let mut abandoned = Vec::new();
+        for lane in &mut session.lanes {
+            lane.ledger.abandon(|batch| abandoned.push(batch));
+        }
+        for batch in abandoned {
+            self.retire(batch);
+        }
+    }
+
+    /// The endpoint is shutting down.
+    pub(super) fn close_pushes(&mut self) {
+        let ids: Vec<u64> = self.pushes.keys().copied().collect();
+        for id in ids {
+            self.stop_push(id, PushEnd::Failed(PushError::Peer(PeerError::Closed)));
+        }
+    }
+}
+
+impl Session {
+    /// The lane with the least to do; in turn, if several have.
+    pub(super) fn least_loaded(&mut self) -> u16 {
+        let count = self.lanes.len().max(1);
+        let start = self.next_lane % count;
+        self.next_lane = start + 1;
+        (0..self.lanes.len())
+            .map(|step| (start + step) % count)
+            .min_by_key(|&lane| self.lanes[lane].backlog())
+            .unwrap_or(0) as u16
+    }
+}
+
+/// Makes an accepted push ready to plan.
+fn prepare(
+    session: &mut Session,
+    push: &mut PushEntry,
+    accept: &Accept,
+    descriptor: Option<PoolDescriptor>,
+    config: &crate::endpoint::config::Config,
+    rails: &[super::Rail],
+) -> Result<(), PushError> {
+    let protocol = |detail: &str| {
+        PushError::Peer(PeerError::Protocol { peer: session.name(), detail: detail.to_owned() })
+    };
+    let pool = push.grant.pool();
+    let remote = match descriptor {
+        Some(descriptor) if descriptor.pool == pool => Arc::new(RemotePool::new(descriptor)?),
+        Some(_) => return Err(protocol("the description of another pool")),
+        None => session
+            .remote_pools
+            .get(&pool)
+            .cloned()
+            .ok_or_else(|| protocol("no description of the pool"))?,
+    };
+    if session.lanes.iter().any(|lane| !remote.targets.contains_key(&lane.remote_rail)) {
+        return Err(protocol("a rail without keys"));
+    }
+    let layout = &push.source.record.layout;
+    let limits = PlanLimits {
+        max_sge: session.lanes.iter().map(|lane| lane.config.max_sge).min().unwrap_or(1),
+        max_write: session
+            .lanes
+            .iter()
+            .map(|lane| rails[lane.rail].device.info().caps.max_message)
+            .fold(u64::from(config.max_write), u64::min)
+            .clamp(1, u32::MAX.into()) as u32,
+    };
+    let planner = push.source.record.planner(
+        push.grant.issuer(),
+        pool,
+        push.grant.heads(),
+        limits,
+        || Planner::new(layout, &remote.layout, push.grant.heads(), limits),
+    )?;
+    let pages = push.grant.pages();
+    if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
+        let error =
+            PlanError::PageOutOfRange { side: Side::Destination, page, pages: remote.layout.pages };
+        return Err(error.into());
+    }
+    let blocks = u32::try_from(pages.len())
+        .ok()
+        .and_then(|count| Blocks::new(planner.layers(), count, push.grant.parts_per_layer()))
+        .ok_or_else(|| protocol("a grant that cannot be counted"))?;
+    if Imm::new(accept.slot, blocks.tail()).is_none() {
+        return Err(protocol("a slot beyond the immediate"));
+    }
+    let mut remaining = vec![0; blocks.parts() as usize];
+    for layer in 0..blocks.layers() {
+        for block in 0..blocks.per_layer() {
+            let (first, end) = blocks.positions(block);
+            remaining[blocks.part(layer, block) as usize] = end - first;
+        }
+    }
+    push.lane_of = vec![None; remaining.len()];
+    push.remaining = remaining;
+    push.tail_targets = accept
+        .tail
+        .keys
+        .iter()
+        .map(|&(rail, key)| (rail, Target { address: accept.tail.address, key }))
+        .collect();
+    if session.lanes.iter().any(|lane| !push.tail_targets.contains_key(&lane.remote_rail)) {
+        return Err(protocol("a rail without a key for the tail"));
+    }
+    push.slot = accept.slot;
+    push.blocks = Some(blocks);
+    push.planner = Some(planner);
+    push.remote = Some(Arc::clone(&remote));
+    session.remote_pools.insert(pool, remote);
+    Ok(())
+}

@@ -1,0 +1,397 @@
+//! What callers and the driver thread share: pools with their reservations, grant slots with their tail buffers, and
+//! the states that callers wait for.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use crossbeam::channel::Sender;
+use parking_lot::Mutex;
+
+use super::{
+    AccessError, ArrivalError, EndpointError, IssueError, PushError, PushReport,
+    config::Config,
+    core::Command,
+    signal::Signal,
+    wake::WakeHandle,
+};
+use crate::{
+    fabric::{Access, Device, LocalKey, RemoteKey},
+    kv::{HeadRange, KvLayout, PlanError, PlanLimits, Planner},
+    memory::{HostMemory, Region},
+    wire::{GrantId, Incarnation, PoolId, RegionKey, TailHeader},
+};
+
+/// What every handle of an endpoint has.
+#[derive(Debug)]
+pub(crate) struct EndpointShared {
+    pub(crate) config: Arc<Config>,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) devices: Vec<Arc<dyn Device>>,
+    pub(crate) tails: Arc<TailArena>,
+    pub(crate) closed: AtomicBool,
+    pub(crate) next_pool: AtomicU32,
+    pub(crate) next_export: AtomicU32,
+    pub(crate) next_push: AtomicU64,
+    pub(crate) commands: Sender<Command>,
+    pub(crate) wake: WakeHandle,
+}
+
+impl EndpointShared {
+    /// Hands `command` to the driver. Returns `false` if there is no driver any more; the command is dropped then.
+    pub(crate) fn command(&self, command: Command) -> bool {
+        if self.closed.load(Ordering::Acquire) || self.commands.send(command).is_err() {
+            return false;
+        }
+        self.wake.wake();
+        true
+    }
+
+    /// Registers memory on all rails. What a failing registration leaves behind is handed to the driver.
+    pub(crate) fn register(
+        &self,
+        memory: Arc<dyn crate::memory::Memory>,
+        access: Access,
+    ) -> Result<Region, EndpointError> {
+        Region::register(memory, access, &self.devices).map_err(|(error, partial)| {
+            self.command(Command::Deregister(partial));
+            error.into()
+        })
+    }
+}
+
+/// A pool: memory, where the pages are in it, and which of them belong to live grants.
+#[derive(Debug)]
+pub(crate) struct PoolRecord {
+    pub(crate) id: PoolId,
+    pub(crate) layout: KvLayout,
+    pub(crate) regions: Vec<Region>,
+    /// For each page, a bit for each head (or group of heads) that a live grant has.
+    reserved: Mutex<Vec<u128>>,
+    planners: Mutex<HashMap<PlannerKey, Arc<Planner>>>,
+}
+
+type PlannerKey = (Incarnation, PoolId, HeadRange, PlanLimits);
+
+/// Planners kept for one pool. Peers come and go; this many pairs of layouts are in use at once at most.
+const MAX_PLANNERS: usize = 256;
+
+impl PoolRecord {
+    pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
+        let pages = layout.pages as usize;
+        Self {
+            id,
+            layout,
+            regions,
+            reserved: Mutex::new(vec![0; pages]),
+            planners: Mutex::default(),
+        }
+    }
+
+    /// Reserves `heads` of `pages`, all or nothing. The pages are known to be in range and unique.
+    pub(crate) fn reserve(&self, pages: &[u32], heads: HeadRange) -> Result<(), IssueError> {
+        let bits = self.head_bits(heads);
+        let mut reserved = self.reserved.lock();
+        if let Some(&page) = pages.iter().find(|&&page| reserved[page as usize] & bits != 0) {
+            return Err(IssueError::PageBusy { page });
+        }
+        for &page in pages {
+            reserved[page as usize] |= bits;
+        }
+        Ok(())
+    }
+
+    /// Gives back what [`PoolRecord::reserve`] took.
+    pub(crate) fn release(&self, pages: &[u32], heads: HeadRange) {
+        let bits = self.head_bits(heads);
+        let mut reserved = self.reserved.lock();
+        for &page in pages {
+            if let Some(page) = reserved.get_mut(page as usize) {
+                *page &= !bits;
+            }
+        }
+    }
+
+    /// Pages of which some head is reserved.
+    pub(crate) fn reserved_pages(&self) -> usize {
+        self.reserved.lock().iter().filter(|&&bits| bits != 0).count()
+    }
+
+    /// All heads that the pool holds.
+    pub(crate) fn heads(&self) -> HeadRange {
+        let planes = self.layout.layers.iter().flat_map(|layer| &layer.planes);
+        planes
+            .filter(|plane| plane.role != crate::kv::PlaneRole::Auxiliary)
+            .map(|plane| plane.heads)
+            .next()
+            .unwrap_or(HeadRange { first: 0, count: 0 })
+    }
+
+    /// A bit for each head; heads share bits, rounded outwards, where there are more heads than bits.
+    fn head_bits(&self, heads: HeadRange) -> u128 {
+        let all = self.heads();
+        let group = all.count.div_ceil(128).max(1);
+        let first = heads.first.saturating_sub(all.first) / group;
+        let last = (heads.first.saturating_sub(all.first) + heads.count.saturating_sub(1)) / group;
+        (first.min(127)..=last.min(127)).fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    /// The planner from this pool to another, made once for each pair.
+    pub(crate) fn planner(
+        &self,
+        peer: Incarnation,
+        pool: PoolId,
+        heads: HeadRange,
+        limits: PlanLimits,
+        make: impl FnOnce() -> Result<Planner, PlanError>,
+    ) -> Result<Arc<Planner>, PlanError> {
+        let key = (peer, pool, heads, limits);
+        if let Some(planner) = self.planners.lock().get(&key) {
+            return Ok(Arc::clone(planner));
+        }
+        let planner = Arc::new(make()?);
+        let mut planners = self.planners.lock();
+        if planners.len() >= MAX_PLANNERS {
+            planners.clear();
+        }
+        planners.insert(key, Arc::clone(&planner));
+        Ok(planner)
+    }
+}
+
+/// A pool as long as somebody needs it: a caller, a grant or a push. The last one gone ends the registrations.
+#[derive(Debug)]
+pub(crate) struct PoolHandle {
+    pub(crate) record: Arc<PoolRecord>,
+    pub(crate) endpoint: Arc<EndpointShared>,
+}
+
+impl Drop for PoolHandle {
+    fn drop(&mut self) {
+        // Without a driver the contexts are gone, and with them the registrations.
+        self.endpoint.command(Command::ReleasePool(self.record.id));
+    }
+}
+
+/// Buffers for tails, one for each grant of this side and each push of this side, in one registered region.
+#[derive(Debug)]
+pub(crate) struct TailArena {
+    memory: Arc<HostMemory>,
+    region: Region,
+    stride: u64,
+    slots: Mutex<Slots>,
+}
+
+#[derive(Debug)]
+struct Slots {
+    free: Vec<u32>,
+    /// How often each slot has been used.
+    generations: Vec<u32>,
+}
+
+/// One buffer of the arena, in use until dropped.
+#[derive(Debug)]
+pub(crate) struct TailSlot {
+    arena: Arc<TailArena>,
+    id: GrantId,
+}
+
+impl TailArena {
+    /// Bytes that `slots` buffers of `capacity` bytes of payload need.
+    pub(crate) fn length(slots: u32, capacity: u32) -> u64 {
+        u64::from(slots) * Self::stride(capacity)
+    }
+
+    fn stride(capacity: u32) -> u64 {
+        (u64::from(capacity) + TailHeader::SIZE as u64).next_multiple_of(64)
+    }
+
+    pub(crate) fn new(memory: Arc<HostMemory>, region: Region, slots: u32, capacity: u32) -> Self {
+        let slots = Slots { free: (0..slots).rev().collect(), generations: vec![0; slots as usize] };
+        Self { memory, region, stride: Self::stride(capacity), slots: Mutex::new(slots) }
+    }
+
+    /// Takes a free buffer. Its generation has never been used before.
+    pub(crate) fn take(self: &Arc<Self>) -> Option<TailSlot> {
+        let mut slots = self.slots.lock();
+        let slot = slots.free.pop()?;
+        let generation = &mut slots.generations[slot as usize];
+        *generation = generation.wrapping_add(1);
+        let id = GrantId { slot, generation: *generation };
+        Some(TailSlot { arena: Arc::clone(self), id })
+    }
+
+    /// Whether `id` was in use at some time, or is.
+    pub(crate) fn knows(&self, id: GrantId) -> bool {
+        let slots = self.slots.lock();
+        slots.generations.get(id.slot as usize).is_some_and(|&now| id.generation <= now && id.generation > 0)
+    }
+}
+
+impl TailSlot {
+    /// The name that the buffer gives its grant.
+    pub(crate) fn id(&self) -> GrantId {
+        self.id
+    }
+
+    /// Where the buffer is.
+    pub(crate) fn address(&self) -> u64 {
+        self.arena.region.address() + self.offset()
+    }
+
+    /// Its key for peers, on one rail.
+    pub(crate) fn remote(&self, rail: usize) -> Option<RemoteKey> {
+        Some(self.arena.region.keys().get(rail)?.remote)
+    }
+
+    /// Its address and key for gather lists, on one rail.
+    pub(crate) fn local(&self, rail: usize) -> Option<(u64, LocalKey)> {
+        Some((self.address(), self.arena.region.keys().get(rail)?.local))
+    }
+
+    /// Writes a tail to send. Its length is known to fit. Returns the bytes to send.
+    pub(crate) fn store(&self, generation: u32, tail: &[u8]) -> u32 {
+        let header = TailHeader::new(generation, tail.len() as u32);
+        let payload = self.offset() + TailHeader::SIZE as u64;
+        let written = self
+            .arena
+            .memory
+            .write(self.offset(), zerocopy::IntoBytes::as_bytes(&header))
+            .and_then(|()| self.arena.memory.write(payload, tail));
+        debug_assert!(written.is_ok(), "{written:?}");
+        (TailHeader::SIZE + tail.len()) as u32
+    }
+
+    /// Reads a tail that has arrived; nothing if it is not of this generation or claims more than its room.
+    pub(crate) fn load(&self, generation: u32) -> Option<Bytes> {
+        let mut buffer = vec![0; self.arena.stride as usize];
+        self.arena.memory.read(self.offset(), &mut buffer).ok()?;
+        TailHeader::payload(&buffer, generation).map(Bytes::copy_from_slice)
+    }
+
+    fn offset(&self) -> u64 {
+        u64::from(self.id.slot) * self.arena.stride
+    }
+}
+
+impl Drop for TailSlot {
+    fn drop(&mut self) {
+        self.arena.slots.lock().free.push(self.id.slot);
+    }
+}
+
+/// What a caller sees of an arrival.
+#[derive(Debug)]
+pub(crate) struct ArrivalState {
+    /// A bit for each complete layer.
+    layers: Vec<u64>,
+    pub(crate) complete_layers: u32,
+    pub(crate) tail: Option<Bytes>,
+    pub(crate) end: Option<Result<(), ArrivalError>>,
+}
+
+/// See [`ArrivalState`].
+#[derive(Debug)]
+pub(crate) struct ArrivalShared {
+    pub(crate) signal: Signal<ArrivalState>,
+}
+
+impl ArrivalShared {
+    pub(crate) fn new(layers: u32) -> Self {
+        let layers = vec![0; layers.div_ceil(64) as usize];
+        Self {
+            signal: Signal::new(ArrivalState { layers, complete_layers: 0, tail: None, end: None }),
+        }
+    }
+}
+
+impl ArrivalState {
+    pub(crate) fn layer_complete(&mut self, layer: u32) {
+        if let Some(word) = self.layers.get_mut(layer as usize / 64) {
+            *word |= 1 << (layer % 64);
+            self.complete_layers += 1;
+        }
+    }
+
+    pub(crate) fn is_layer_complete(&self, layer: usize) -> bool {
+        self.layers.get(layer / 64).is_some_and(|word| word & (1 << (layer % 64)) != 0)
+    }
+}
+
+/// How far a push is.
+#[derive(Debug)]
+pub(crate) enum PushPhase {
+    Opening,
+    Active,
+    Ended(Result<PushReport, PushError>),
+}
+
+/// What a caller sees of a push.
+#[derive(Debug)]
+pub(crate) struct PushShared {
+    pub(crate) signal: Signal<PushPhase>,
+    pub(crate) open_timeout: Option<Duration>,
+}
+
+/// What a caller sees of a one-sided access.
+#[derive(Debug)]
+pub(crate) struct AccessShared {
+    pub(crate) keys: Signal<Option<Arc<Vec<RegionKey>>>>,
+    pub(crate) signal: Signal<Option<Result<(), AccessError>>>,
+}
+
+impl AccessShared {
+    pub(crate) fn new() -> Self {
+        Self { keys: Signal::new(None), signal: Signal::new(None) }
+    }
+
+    pub(crate) fn finish(&self, result: Result<(), AccessError>) {
+        self.signal.update(|state| *state = Some(result));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Memory;
+
+    fn arena(slots: u32, capacity: u32) -> Arc<TailArena> {
+        let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity)).unwrap());
+        let region = Region::register(Arc::clone(&memory) as Arc<dyn Memory>, Access::LOCAL, &[]).unwrap();
+        Arc::new(TailArena::new(memory, region, slots, capacity))
+    }
+
+    #[test]
+    fn a_slot_used_again_has_a_new_generation() {
+        let arena = arena(1, 100);
+        let first = arena.take().unwrap();
+        assert!(arena.take().is_none(), "there is only one");
+        let id = first.id();
+        drop(first);
+        let second = arena.take().unwrap();
+        assert_eq!(second.id().slot, id.slot);
+        assert_ne!(second.id().generation, id.generation);
+        assert!(arena.knows(id) && !arena.knows(GrantId { slot: 0, generation: id.generation + 2 }));
+    }
+
+    #[test]
+    fn a_tail_of_another_generation_or_size_is_refused() {
+        let arena = arena(2, 100);
+        let slot = arena.take().unwrap();
+        let generation = slot.id().generation;
+        assert_eq!(slot.load(generation), None, "nothing has been stored");
+        slot.store(generation, b"token 42");
+        assert_eq!(slot.load(generation).as_deref(), Some(&b"token 42"[..]));
+        assert_eq!(slot.load(generation + 1), None);
+        let absurd = TailHeader::new(generation, 1 << 20);
+        arena.memory.write(slot.offset(), zerocopy::IntoBytes::as_bytes(&absurd)).unwrap();
+        assert_eq!(slot.load(generation), None);
+    }
+}
