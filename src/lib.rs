@@ -7,6 +7,6 @@ pub mod kv;
 pub(crate) mod wire;
 
 pub use wire::{
-    Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId, RefuseCode, RegionToken,
-    RejectCode, RevokeReason, WireError, WireErrorKind,
+    Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
+    RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,
 };
