@@ -1,13 +1,15 @@
 //! kvpush moves LLM KV-cache pages from prefill memory straight into decode memory.
 
 #![allow(dead_code, unused_imports)]
+pub mod endpoint;
 pub mod fabric;
 pub mod kv;
 pub mod memory;
 mod protocol;
 pub(crate) mod wire;
 
+pub use endpoint::{Arrival, Endpoint, Pool, Push};
 pub use wire::{
-    Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId, RefuseCode, RegionToken,
-    RejectCode, RevokeReason, WireError, WireErrorKind,
+    Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
+    RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,
 };

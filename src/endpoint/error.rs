@@ -113,7 +113,7 @@ pub enum IssueError {
     #[error("a grant needs time: its deadline is zero")]
     NoTime,
     /// All grant slots are in use.
-    #[error("{limit} grants are live, which is the limit (Builder::max_grants)")]
+    #[error("{limit} grants and pushes are live, which is the limit (Builder::max_transfers)")]
     TooMany {
         /// The limit.
         limit: u32,
@@ -338,9 +338,21 @@ pub enum PushInputError {
         /// Room for it.
         capacity: usize,
     },
-    /// `finish` or `cancel` was called before.
+    /// `finish` was called before.
     #[error("the push is already finished")]
     Finished,
+    /// The reader has not agreed yet.
+    #[error("the push is not open yet; wait for Push::opened")]
+    NotOpen,
+    /// The pool belongs to another endpoint.
+    #[error("the source pool is of another endpoint")]
+    ForeignPool,
+    /// All transfer slots are in use.
+    #[error("{limit} grants and pushes are live, which is the limit (Builder::max_transfers)")]
+    TooMany {
+        /// The limit.
+        limit: u32,
+    },
 }
 
 /// Why an arrival did not complete. When it is reported, no write of the grant can land any more, so the pages may be
@@ -368,6 +380,14 @@ pub enum ArrivalError {
     /// The writer is lost.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// There is no such layer to wait for.
+    #[error("layer {layer} does not exist, there are {layers}")]
+    NoSuchLayer {
+        /// The layer.
+        layer: usize,
+        /// Layers there are.
+        layers: usize,
+    },
 }
 
 impl ArrivalError {
@@ -375,16 +395,11 @@ impl ArrivalError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Expired { .. } | Self::Abandoned { .. } => true,
-            Self::Revoked => false,
+            Self::Revoked | Self::NoSuchLayer { .. } => false,
             Self::Peer(error) => error.is_retryable(),
         }
     }
 }
-
-/// A wait that ended before what was waited for. The thing itself goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not there yet after {0:?}")]
-pub struct WaitTimeout(pub Duration);
 
 /// Why one-sided access failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

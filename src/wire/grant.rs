@@ -38,6 +38,7 @@ pub struct Grant {
 
 /// What a grant says.
 #[derive(Clone, PartialEq, Eq)]
+#[cfg_attr(test, derive(Debug))]
 pub(crate) struct GrantFields {
     pub(crate) issuer: Incarnation,
     /// Control addresses of the issuer, in order of preference: 1 to 4 of the form `host:port`.

@@ -7,6 +7,8 @@
 //! Roles are fixed for a session, which is one control connection: the *dialer* is the writer (prefill), the
 //! *acceptor* is the reader (decode).
 
+mod auth;
+mod channel;
 mod codec;
 mod envelope;
 mod grant;
@@ -22,6 +24,9 @@ mod token;
 #[cfg(test)]
 mod tests;
 
+pub use auth::Auth;
+pub(crate) use channel::Channel;
+pub use channel::ChannelError;
 pub(crate) use codec::Address;
 pub use codec::{WireError, WireErrorKind};
 pub use envelope::GrantError;

@@ -1,1 +1,6 @@
-//! Tests of the encodings.
+//! Tests of the encodings: what is written is read back, and nothing else is.
+
+mod grants;
+mod messages;
+
+pub(super) mod strategies;

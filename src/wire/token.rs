@@ -31,6 +31,7 @@ pub struct RegionToken {
 
 /// What a region token says.
 #[derive(Clone, PartialEq, Eq)]
+#[cfg_attr(test, derive(Debug))]
 pub(crate) struct RegionTokenFields {
     pub(crate) issuer: Incarnation,
     pub(crate) addresses: Vec<String>,

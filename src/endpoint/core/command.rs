@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::{AccessEntry, ArrivalEntry, ExportRecord, PushEntry};
 use crate::{
     endpoint::{control::ConnId, shared::PoolRecord},
+    memory::Region,
     wire::{GrantId, PoolId},
 };
 
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Finish { push: u64, tail: Bytes },
     /// The push is not wanted any more.
     Cancel { push: u64 },
+    /// A registration is not wanted any more.
+    Deregister(Region),
     /// A region can be reached by its token.
     AddExport(Arc<ExportRecord>),
     /// It cannot any more.

@@ -200,6 +200,7 @@ impl Core {
             Command::Pages { push, layer, first, pages } => self.queue_pages(push, layer, first, pages),
             Command::Finish { push, tail } => self.finish_push(push, &tail),
             Command::Cancel { push } => self.cancel_push(push),
+            Command::Deregister(region) => self.deregister(&region),
             Command::AddExport(record) => {
                 self.exports.insert(record.id, record);
             }

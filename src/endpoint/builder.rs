@@ -1,0 +1,267 @@
+//! Configuring and starting an endpoint.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64},
+    },
+    time::Duration,
+};
+
+use super::{
+    Endpoint, EndpointError, Owner, Polling,
+    config::Config,
+    core::Core,
+    driver::{self, ControlAdapter, Driver},
+    rails,
+    shared::{EndpointShared, TailArena},
+    wake::WakeHandle,
+};
+use crate::{
+    fabric::{Access, Device, FabricKind, verbs::VerbsConfig},
+    memory::{HostMemory, Memory, Region},
+    wire::{Auth, Incarnation},
+};
+
+/// Completion-queue entries of one rail, if it has so many.
+const COMPLETIONS: u32 = 1 << 16;
+
+/// Settings of an endpoint; [`Builder::bind`] starts it.
+///
+/// Only [`Builder::auth`] must be given. Everything else is found out, or has a default that suits.
+#[derive(Debug)]
+pub struct Builder {
+    config: Config,
+    devices: Vec<Arc<dyn Device>>,
+}
+
+impl Builder {
+    pub(super) fn new() -> Self {
+        Self { config: Config::default(), devices: Vec::new() }
+    }
+
+    /// How peers prove that they belong here. Both sides must have the same.
+    pub fn auth(mut self, auth: Auth) -> Self {
+        self.config.auth = Some(auth);
+        self
+    }
+
+    /// A name for logs and for the peers' errors.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.config.name = name.into();
+        self
+    }
+
+    /// The kinds of fabric to use, in any order; by default all. The best that both peers have is taken.
+    pub fn fabrics(mut self, fabrics: impl IntoIterator<Item = FabricKind>) -> Self {
+        self.config.fabrics = fabrics.into_iter().collect();
+        self.config.fabrics.sort_unstable_by(|a, b| b.cmp(a));
+        self.config.fabrics.dedup();
+        self
+    }
+
+    /// Use only these RDMA devices: `mlx5_0`, or `mlx5_0:1` for one port.
+    pub fn devices(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.config.devices = Some(names.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Use a rail that the caller has opened, such as a simulated one.
+    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
+        self.devices.push(device);
+        self
+    }
+
+    /// The addresses that peers dial (`host:port`), where those that the endpoint finds are not reachable.
+    pub fn advertise(mut self, addresses: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.config.advertise = addresses.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Lanes (queue pairs) to each peer on each rail. Default 2.
+    pub fn lanes_per_rail(mut self, lanes: u16) -> Self {
+        self.config.lanes_per_rail = lanes;
+        self
+    }
+
+    /// Requests outstanding on one lane, and receives posted on one. The device may allow fewer. Default 256 each.
+    pub fn queue_depths(mut self, send: u32, receive: u32) -> Self {
+        self.config.send_depth = send;
+        self.config.receive_depth = receive;
+        self
+    }
+
+    /// Gather elements of one write; the device may allow fewer. Default 16.
+    pub fn max_sge(mut self, elements: u32) -> Self {
+        self.config.max_sge = elements;
+        self
+    }
+
+    /// Bytes of one write; the device may allow fewer. Default 256 MiB.
+    pub fn max_write(mut self, bytes: u32) -> Self {
+        self.config.max_write = bytes;
+        self
+    }
+
+    /// Parts that each layer of a grant is counted in, and hence the lanes it can be spread over. Default 4.
+    pub fn parts_per_layer(mut self, parts: u16) -> Self {
+        self.config.parts_per_layer = parts;
+        self
+    }
+
+    /// Bytes of a tail, the small payload at the end of a push. Default 1016.
+    pub fn tail_capacity(mut self, bytes: u32) -> Self {
+        self.config.tail_capacity = bytes;
+        self
+    }
+
+    /// Grants and pushes that may be live at once. Default 2048.
+    pub fn max_transfers(mut self, transfers: u32) -> Self {
+        self.config.max_transfers = transfers;
+        self
+    }
+
+    /// Time to reach a peer and open a grant there. Default 10 s.
+    pub fn open_timeout(mut self, timeout: Duration) -> Self {
+        self.config.open_timeout = timeout;
+        self
+    }
+
+    /// Time that a push which has to stop waits for what is in flight before its lanes are fenced. Default 5 s.
+    pub fn drain_timeout(mut self, timeout: Duration) -> Self {
+        self.config.drain_timeout = timeout;
+        self
+    }
+
+    /// Time that a writer has to answer when its grant is taken back before its lanes are fenced. Default 500 ms.
+    pub fn revoke_grace(mut self, grace: Duration) -> Self {
+        self.config.revoke_grace = grace;
+        self
+    }
+
+    /// How the driver thread waits. Default [`Polling::Adaptive`] with 20 µs.
+    pub fn polling(mut self, polling: Polling) -> Self {
+        self.config.polling = polling;
+        self
+    }
+
+    /// Settings of the verbs fabric.
+    pub fn verbs(mut self, verbs: VerbsConfig) -> Self {
+        self.config.verbs = verbs;
+        self
+    }
+
+    /// Starts the endpoint: opens the rails and listens on `address`. Port 0 takes any free port.
+    ///
+    /// # Errors
+    ///
+    /// [`EndpointError`]: no authentication, an address that cannot be bound, no usable rail, or memory that cannot be
+    /// registered (the locked-memory limit is the usual reason).
+    pub fn bind(self, address: impl ToSocketAddrs + std::fmt::Debug) -> Result<Endpoint, EndpointError> {
+        let Self { mut config, devices: given } = self;
+        check(&config)?;
+        let auth = config.auth.take().ok_or(EndpointError::NoAuth)?;
+        let io = |operation| {
+            let address = format!("{address:?}");
+            move |source| EndpointError::Io { operation, address, source }
+        };
+        let listener = TcpListener::bind(&address).map_err(io("listen on"))?;
+        let local = listener.local_addr().map_err(io("listen on"))?;
+        let devices = rails::open(&config, local.ip(), given)?;
+        let incarnation = Incarnation::random().map_err(io("random number for"))?;
+        let wake = WakeHandle::new().map_err(io("eventfd for"))?;
+        let tails = tail_arena(&config, &devices)?;
+
+        let mut contexts = Vec::new();
+        for device in &devices {
+            let depth = device.info().caps.max_completions.min(COMPLETIONS);
+            let context = Arc::clone(device).open_context(depth)?;
+            contexts.push((Arc::clone(device), context, depth));
+        }
+        let addresses = match config.advertise.is_empty() {
+            true => vec![SocketAddr::new(reachable(local.ip()), local.port()).to_string()],
+            false => std::mem::take(&mut config.advertise),
+        };
+        let (commands, inbox) = crossbeam::channel::unbounded();
+        let config = Arc::new(config);
+        let shared = Arc::new(EndpointShared {
+            config: Arc::clone(&config),
+            incarnation,
+            addresses,
+            devices,
+            tails: Arc::clone(&tails),
+            closed: AtomicBool::new(false),
+            next_pool: AtomicU32::new(1),
+            next_export: AtomicU32::new(1),
+            next_push: AtomicU64::new(1),
+            commands,
+            wake: wake.clone(),
+        });
+        let (control, events) =
+            driver::start_control(listener, auth, wake.clone()).map_err(io("control thread for"))?;
+        let control = Box::new(ControlAdapter(control));
+        let core = Core::new(Arc::clone(&config), incarnation, contexts, control, tails);
+        let driver = Driver::new(core, inbox, events, wake, config.polling);
+        let closed = Arc::clone(&shared);
+        let driver = driver.start(move || closed.closed.load(std::sync::atomic::Ordering::Acquire));
+        let driver = driver.map_err(io("driver thread for"))?;
+        let owner = Owner { shared, local, driver: parking_lot::Mutex::new(Some(driver)) };
+        Ok(Endpoint { owner: Arc::new(owner) })
+    }
+}
+
+fn check(config: &Config) -> Result<(), EndpointError> {
+    let ranges = [
+        ("lanes_per_rail", u64::from(config.lanes_per_rail), 1, 16),
+        ("queue_depths (send)", config.send_depth.into(), 1, 1 << 15),
+        ("queue_depths (receive)", config.receive_depth.into(), 1, 1 << 15),
+        ("max_sge", config.max_sge.into(), 1, 256),
+        ("max_write", config.max_write.into(), 64, 1 << 31),
+        ("parts_per_layer", config.parts_per_layer.into(), 1, 1024),
+        ("tail_capacity", config.tail_capacity.into(), 0, 1 << 20),
+        ("max_transfers", config.max_transfers.into(), 1, 1 << 16),
+    ];
+    for (setting, value, least, most) in ranges {
+        if !(least..=most).contains(&value) {
+            let why = if value < least { "too small" } else { "too large" };
+            return Err(EndpointError::Setting { setting, value: value.to_string(), why });
+        }
+    }
+    if config.name.len() > 255 {
+        let value = format!("{} bytes", config.name.len());
+        return Err(EndpointError::Setting { setting: "name", value, why: "longer than 255 bytes" });
+    }
+    if config.advertise.len() > 4 {
+        let value = format!("{} addresses", config.advertise.len());
+        return Err(EndpointError::Setting { setting: "advertise", value, why: "more than 4" });
+    }
+    Ok(())
+}
+
+fn tail_arena(config: &Config, devices: &[Arc<dyn Device>]) -> Result<Arc<TailArena>, EndpointError> {
+    let (slots, capacity) = (config.max_transfers, config.tail_capacity);
+    let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity))?);
+    let region = Region::register(
+        Arc::clone(&memory) as Arc<dyn Memory>,
+        Access::REMOTE_WRITE,
+        devices,
+    )
+    .map_err(|(error, _)| error)?;
+    Ok(Arc::new(TailArena::new(memory, region, slots, capacity)))
+}
+
+/// The address under which peers find a listener on `bound`.
+fn reachable(bound: IpAddr) -> IpAddr {
+    if !bound.is_unspecified() {
+        return bound;
+    }
+    // Connecting a datagram socket sends nothing; it only asks the routing table which address we would send from.
+    // 192.0.2.0/24 is reserved for documentation (RFC 5737), so the answer is the default route's.
+    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
+        .and_then(|socket| {
+            socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
+            socket.local_addr()
+        })
+        .map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip())
+}

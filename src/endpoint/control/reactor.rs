@@ -1,0 +1,539 @@
+//! The control thread's loop: sockets, commands and deadlines.
+//!
+//! Sockets are watched edge-triggered: `readable` and `writable` of a connection stay set until the system says
+//! otherwise, and whoever has something left to do is in `ready`. Deadlines are in a heap whose stale entries are
+//! dropped before the loop sleeps, so a loop without deadlines sleeps for ever.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender};
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token, Waker};
+
+use super::budget::Budget;
+use super::connection::{Connection, Early, Origin, Phase, Turn};
+use super::dial::{Dial, DialError, Resolved, Resolver, errno};
+use super::{CloseReason, Command, ConnId, ControlConfig, ControlEvent, Counters, Mailbox};
+use crate::wire::{Auth, Channel};
+
+// Connection numbers serve as tokens.
+const _: () = assert!(size_of::<usize>() == size_of::<u64>());
+const WAKER: Token = Token(usize::MAX);
+const LISTENER: Token = Token(usize::MAX - 1);
+/// Not a connection: the timer of the listener.
+const ACCEPT_TIMER: ConnId = ConnId(u64::MAX - 1);
+/// How long to leave the listener alone when the system has no descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const SCRATCH: usize = 64 << 10;
+/// Commands of one turn, so that a busy driver cannot starve the sockets.
+const COMMANDS_PER_TURN: usize = 1024;
+
+/// Where events go.
+pub(super) struct Sink {
+    events: Sender<ControlEvent>,
+    wake: Arc<dyn Fn() + Send + Sync>,
+    counters: Arc<Counters>,
+    pending: bool,
+}
+
+impl Sink {
+    pub(super) fn new(
+        events: Sender<ControlEvent>,
+        wake: Arc<dyn Fn() + Send + Sync>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            events,
+            wake,
+            counters,
+            pending: false,
+        }
+    }
+
+    pub(super) fn emit(&mut self, event: ControlEvent) {
+        // Nobody listens any more only if the driver is gone, and then a shutdown follows.
+        self.pending |= self.events.send(event).is_ok();
+    }
+
+    fn wake(&mut self) {
+        if std::mem::take(&mut self.pending) {
+            (self.wake)();
+        }
+    }
+}
+
+pub(super) struct Reactor {
+    poll: Poll,
+    listener: Option<TcpListener>,
+    accept_at: Option<Instant>,
+    auth: Auth,
+    config: ControlConfig,
+    sink: Sink,
+    mailbox: Mailbox,
+    inbox: Receiver<Command>,
+    resolver: Resolver,
+    /// Dials whose names are being resolved.
+    resolving: HashMap<ConnId, (Dial, Early)>,
+    connections: HashMap<ConnId, Connection>,
+    /// Accepted and not yet authenticated, oldest first.
+    strangers: BTreeSet<ConnId>,
+    ready: VecDeque<ConnId>,
+    deadlines: BinaryHeap<Reverse<(Instant, ConnId)>>,
+    accepted: u64,
+    shutdown: Option<Instant>,
+    scratch: Vec<u8>,
+}
+
+impl Reactor {
+    pub(super) fn new(
+        listener: Option<std::net::TcpListener>,
+        auth: Auth,
+        config: ControlConfig,
+        sink: Sink,
+        commands: Sender<Command>,
+        inbox: Receiver<Command>,
+    ) -> io::Result<(Self, Mailbox)> {
+        let poll = Poll::new()?;
+        let mailbox = Mailbox {
+            commands,
+            waker: Arc::new(Waker::new(poll.registry(), WAKER)?),
+        };
+        let mut listener = match listener {
+            Some(listener) => {
+                listener.set_nonblocking(true)?;
+                Some(TcpListener::from_std(listener))
+            }
+            None => None,
+        };
+        if let Some(listener) = &mut listener {
+            poll.registry()
+                .register(listener, LISTENER, Interest::READABLE)?;
+        }
+        let reactor = Self {
+            poll,
+            listener,
+            accept_at: None,
+            auth,
+            config,
+            sink,
+            resolver: Resolver::new(mailbox.clone()),
+            mailbox: mailbox.clone(),
+            inbox,
+            resolving: HashMap::new(),
+            connections: HashMap::new(),
+            strangers: BTreeSet::new(),
+            ready: VecDeque::new(),
+            deadlines: BinaryHeap::new(),
+            accepted: 0,
+            shutdown: None,
+            scratch: vec![0; SCRATCH],
+        };
+        Ok((reactor, mailbox))
+    }
+
+    pub(super) fn run(mut self) {
+        let mut events = Events::with_capacity(256);
+        while !self.is_finished() {
+            let timeout = self.timeout();
+            if let Err(error) = self.poll.poll(&mut events, timeout) {
+                if error.kind() != io::ErrorKind::Interrupted {
+                    tracing::error!(%error, "the control thread cannot wait for its sockets");
+                    break;
+                }
+                events.clear();
+            }
+            let counters = &self.sink.counters;
+            counters.wakeups.fetch_add(1, Ordering::Relaxed);
+            for event in &events {
+                match event.token() {
+                    WAKER => {}
+                    LISTENER => self.accept_at = Some(Instant::now()),
+                    Token(number) => {
+                        let id = ConnId(number as u64);
+                        if let Some(connection) = self.connections.get_mut(&id) {
+                            // Errors and ends of stream show in the next read.
+                            connection.readable |=
+                                event.is_readable() || event.is_error() || event.is_read_closed();
+                            connection.writable |= event.is_writable() || event.is_error();
+                            self.ready.push_back(id);
+                        }
+                    }
+                }
+            }
+            self.expire(Instant::now());
+            self.commands();
+            for _ in 0..self.ready.len() {
+                if let Some(id) = self.ready.pop_front() {
+                    self.turn(id);
+                }
+            }
+            self.sink.wake();
+        }
+        for id in self.connections.keys().copied().collect::<Vec<_>>() {
+            self.close(id, CloseReason::Local);
+        }
+        self.sink.wake();
+    }
+
+    fn is_finished(&self) -> bool {
+        self.shutdown
+            .is_some_and(|deadline| self.connections.is_empty() || Instant::now() >= deadline)
+    }
+
+    /// How long the loop may sleep: for ever if nothing has a deadline.
+    fn timeout(&mut self) -> Option<Duration> {
+        if !self.ready.is_empty() || !self.inbox.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        while let Some(Reverse((at, id))) = self.deadlines.peek() {
+            if self.deadline_of(*id) == Some(*at) {
+                break;
+            }
+            self.deadlines.pop();
+        }
+        let next = self.deadlines.peek().map(|Reverse((at, _))| *at);
+        let next = next.into_iter().chain(self.shutdown).min()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
+    fn deadline_of(&self, id: ConnId) -> Option<Instant> {
+        if id == ACCEPT_TIMER {
+            return self.accept_at;
+        }
+        match self.connections.get(&id) {
+            Some(connection) => connection.deadline,
+            None => self.resolving.get(&id).map(|(dial, _)| dial.deadline),
+        }
+    }
+
+    fn expire(&mut self, now: Instant) {
+        while let Some(Reverse((at, id))) = self.deadlines.peek().copied() {
+            if at > now {
+                break;
+            }
+            self.deadlines.pop();
+            if self.deadline_of(id) != Some(at) {
+                continue;
+            }
+            if let Some((mut dial, _)) = self.resolving.remove(&id) {
+                dial.fail("name resolution", None, DialError::Timeout);
+                self.failed(id, dial);
+                continue;
+            }
+            match self.connections.get(&id).map(|c| (c.phase, &c.origin)) {
+                Some((Phase::Connecting | Phase::Handshaking, Origin::Dialed { .. })) => {
+                    self.next_address(id, DialError::Timeout);
+                }
+                Some((Phase::Lingering, _)) => self.forget(id),
+                Some((Phase::Flushing, _)) => {
+                    self.close(id, CloseReason::Local);
+                    self.forget(id);
+                }
+                Some(_) => {
+                    self.close(id, CloseReason::Io(libc::ETIMEDOUT));
+                    self.forget(id);
+                }
+                None => {}
+            }
+        }
+        if self.accept_at.is_some_and(|at| at <= now) {
+            self.accept_at = None;
+            self.accept();
+        }
+    }
+
+    fn commands(&mut self) {
+        for _ in 0..COMMANDS_PER_TURN {
+            let Ok(command) = self.inbox.try_recv() else {
+                return;
+            };
+            match command {
+                Command::Connect {
+                    conn,
+                    addresses,
+                    timeout,
+                } => self.connect(conn, addresses, timeout),
+                Command::Resolved(resolved) => {
+                    self.resolver.finished();
+                    self.resolved(resolved);
+                }
+                Command::Send { conn, message } => self.send(conn, message),
+                Command::Close(conn) => self.close_gently(conn),
+                Command::Resume(conn) => self.ready.push_back(conn),
+                Command::Shutdown => self.begin_shutdown(),
+            }
+        }
+    }
+
+    fn connect(&mut self, conn: ConnId, addresses: Vec<String>, timeout: Duration) {
+        if self.connections.contains_key(&conn) || self.resolving.contains_key(&conn) {
+            // An event would be taken for one of the connection that has the number.
+            tracing::error!(?conn, "a control connection was dialed twice");
+            return;
+        }
+        if conn.0 > ConnId::MAX_DIALED || self.shutdown.is_some() {
+            let reason = CloseReason::Local;
+            return self.sink.emit(ControlEvent::Closed { conn, reason });
+        }
+        // A timeout beyond the clock's range means none in practice.
+        let now = Instant::now();
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let dial = Dial::new(now + timeout.min(year));
+        self.deadlines.push(Reverse((dial.deadline, conn)));
+        self.resolving.insert(conn, (dial, Early::default()));
+        if let Some(resolved) = self.resolver.resolve(conn, addresses) {
+            self.resolved(resolved);
+        }
+    }
+
+    fn resolved(&mut self, resolved: Resolved) {
+        let conn = resolved.conn;
+        if let Some((mut dial, early)) = self.resolving.remove(&conn) {
+            dial.resolved(resolved);
+            self.attempt(conn, dial, early);
+        }
+    }
+
+    /// Dials the next address, or gives up.
+    fn attempt(&mut self, conn: ConnId, mut dial: Dial, early: Early) {
+        let now = Instant::now();
+        while let Some(current) = dial.candidates.pop_front() {
+            if now >= dial.deadline {
+                dial.fail(&current.address, Some(current.peer), DialError::Timeout);
+                break;
+            }
+            let channel = match Channel::initiator(&self.auth) {
+                Ok(channel) => channel,
+                Err(error) => {
+                    let reason = error.into();
+                    return self.sink.emit(ControlEvent::Closed { conn, reason });
+                }
+            };
+            match TcpStream::connect(current.peer).and_then(|s| self.register(s, conn)) {
+                Ok(socket) => {
+                    let (peer, deadline) = (current.peer, dial.attempt_deadline(now));
+                    let origin = Origin::Dialed { dial, current };
+                    let mut connection =
+                        self.connection(conn, socket, peer, origin, channel, deadline);
+                    connection.early = early;
+                    self.connections.insert(conn, connection);
+                    return;
+                }
+                Err(error) => {
+                    let error = DialError::Os(errno(&error));
+                    dial.fail(&current.address, Some(current.peer), error);
+                }
+            }
+        }
+        self.failed(conn, dial);
+    }
+
+    fn failed(&mut self, conn: ConnId, dial: Dial) {
+        let attempts = dial.failures;
+        let reason = CloseReason::Dial { attempts };
+        self.sink.emit(ControlEvent::Closed { conn, reason });
+    }
+
+    fn next_address(&mut self, id: ConnId, error: DialError) {
+        let Some(connection) = self.connections.remove(&id) else {
+            return;
+        };
+        if let Origin::Dialed { mut dial, current } = connection.origin {
+            // The socket closes here, before the number is used for the next one.
+            drop(connection.socket);
+            dial.fail(&current.address, Some(current.peer), error);
+            self.attempt(id, dial, connection.early);
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let Some(listener) = &self.listener else {
+                return;
+            };
+            match listener.accept() {
+                Ok((socket, peer)) => {
+                    if let Err(reason) = self.accepted(socket, peer) {
+                        self.refuse(peer, &reason);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                    ) => {}
+                Err(error) => {
+                    // No event will tell when the system can accept again.
+                    tracing::warn!(%error, "cannot accept a control connection");
+                    let at = Instant::now() + ACCEPT_PAUSE;
+                    self.accept_at = Some(at);
+                    self.deadlines.push(Reverse((at, ACCEPT_TIMER)));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn accepted(&mut self, socket: TcpStream, peer: SocketAddr) -> Result<(), CloseReason> {
+        let total = self.connections.len() + self.resolving.len();
+        if total >= self.config.max_connections {
+            let (queued, limit) = (total, self.config.max_connections);
+            tracing::warn!(%peer, queued, limit, "too many control connections");
+            return Err(CloseReason::Local);
+        }
+        if self.strangers.len() >= self.config.max_unauthenticated {
+            // An honest peer is a stranger for a few round trips only, so the oldest is the least likely to be one.
+            if let Some(&oldest) = self.strangers.first() {
+                self.close(oldest, CloseReason::Local);
+                self.forget(oldest);
+            }
+        }
+        let io = |error: io::Error| CloseReason::Io(errno(&error));
+        socket.set_nodelay(true).map_err(io)?;
+        let channel = Channel::responder(&self.auth)?;
+        let id = ConnId(ConnId::ACCEPTED | self.accepted);
+        self.accepted += 1;
+        let socket = self.register(socket, id).map_err(io)?;
+        let deadline = Instant::now() + self.config.handshake_timeout;
+        let connection = self.connection(id, socket, peer, Origin::Accepted, channel, deadline);
+        self.connections.insert(id, connection);
+        self.strangers.insert(id);
+        Ok(())
+    }
+
+    fn register(&self, mut socket: TcpStream, id: ConnId) -> io::Result<TcpStream> {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let token = Token(id.0 as usize);
+        self.poll
+            .registry()
+            .register(&mut socket, token, interest)?;
+        Ok(socket)
+    }
+
+    fn connection(
+        &mut self,
+        id: ConnId,
+        socket: TcpStream,
+        peer: SocketAddr,
+        origin: Origin,
+        channel: Channel,
+        deadline: Instant,
+    ) -> Connection {
+        self.deadlines.push(Reverse((deadline, id)));
+        let budget = Budget::new(id, self.config.max_incoming, self.mailbox.clone());
+        Connection::new(id, socket, peer, origin, channel, budget, deadline)
+    }
+
+    fn send(&mut self, conn: ConnId, message: Vec<u8>) {
+        if let Some((_, early)) = self.resolving.get_mut(&conn) {
+            if let Err(reason) = early.push(message, self.config.max_outgoing) {
+                self.resolving.remove(&conn);
+                self.sink.emit(ControlEvent::Closed { conn, reason });
+            }
+            return;
+        }
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        if let Err(reason) = connection.send(message, &self.config) {
+            self.close(conn, reason);
+        } else if connection.writable {
+            self.ready.push_back(conn);
+        }
+    }
+
+    fn close_gently(&mut self, conn: ConnId) {
+        if self.resolving.remove(&conn).is_some() {
+            let reason = CloseReason::Local;
+            return self.sink.emit(ControlEvent::Closed { conn, reason });
+        }
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        match connection.phase {
+            Phase::Connecting | Phase::Handshaking => {
+                self.close(conn, CloseReason::Local);
+                self.forget(conn);
+            }
+            Phase::Open => {
+                connection.phase = Phase::Flushing;
+                let deadline = Instant::now() + self.config.linger;
+                connection.deadline = Some(deadline);
+                self.deadlines.push(Reverse((deadline, conn)));
+                self.ready.push_back(conn);
+            }
+            Phase::Flushing | Phase::Lingering => {}
+        }
+    }
+
+    fn begin_shutdown(&mut self) {
+        self.shutdown = Some(Instant::now() + self.config.linger);
+        self.listener = None;
+        self.accept_at = None;
+        let resolving = self.resolving.keys();
+        for id in resolving
+            .chain(self.connections.keys())
+            .copied()
+            .collect::<Vec<_>>()
+        {
+            self.close_gently(id);
+        }
+    }
+
+    fn turn(&mut self, id: ConnId) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let result = connection.turn(&mut self.scratch, &mut self.sink);
+        if !matches!(connection.phase, Phase::Handshaking | Phase::Lingering) {
+            self.strangers.remove(&id);
+        }
+        match result {
+            Turn::Wait => {}
+            Turn::Again => self.ready.push_back(id),
+            Turn::Gone => self.forget(id),
+            Turn::NextAddress(error) => self.next_address(id, error),
+            Turn::Close(reason) => self.close(id, reason),
+        }
+    }
+
+    /// Tells the driver, and lets the socket end in its own time.
+    fn close(&mut self, id: ConnId, reason: CloseReason) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let announced = connection.is_announced();
+        let (was, peer) = (connection.phase, connection.peer);
+        let gone = matches!(reason, CloseReason::PeerClosed | CloseReason::Io(_));
+        let deadline = Instant::now() + self.config.linger;
+        connection.linger(deadline);
+        self.deadlines.push(Reverse((deadline, id)));
+        if announced {
+            self.sink.emit(ControlEvent::Closed { conn: id, reason });
+        } else if was != Phase::Lingering {
+            self.refuse(peer, &reason);
+        }
+        if gone {
+            self.forget(id);
+        } else {
+            self.ready.push_back(id);
+        }
+    }
+
+    fn refuse(&self, peer: SocketAddr, reason: &CloseReason) {
+        self.sink.counters.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!(%peer, %reason, "a control connection ended before it was authenticated");
+    }
+
+    fn forget(&mut self, id: ConnId) {
+        self.connections.remove(&id);
+        self.strangers.remove(&id);
+    }
+}

@@ -1,0 +1,245 @@
+//! One-sided access without a grant: for engines that pull, or that do their own accounting.
+
+use std::{
+    future::poll_fn,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use super::{
+    AccessError, Endpoint, EndpointError, PeerError,
+    core::{AccessEntry, AccessOp, Command, ExportRecord},
+    shared::{AccessShared, EndpointShared},
+};
+use crate::{
+    fabric::Access,
+    memory::Memory,
+    wire::{RegionKey, RegionToken, RegionTokenFields, random_nonce},
+};
+
+/// Registered memory: the local side of one-sided accesses, and what a peer reaches by its token.
+///
+/// Dropping it ends the registration; a peer that still uses its token then gets an error, and its lane fails.
+#[derive(Debug)]
+pub struct LocalRegion {
+    record: Arc<ExportRecord>,
+    endpoint: Arc<EndpointShared>,
+    token: RegionToken,
+}
+
+/// A peer's exported region.
+#[derive(Clone, Debug)]
+pub struct RemoteRegion {
+    token: RegionToken,
+    keys: Arc<Vec<RegionKey>>,
+    endpoint: Arc<EndpointShared>,
+}
+
+impl Endpoint {
+    /// Registers `memory`; `access` says what holders of its token may do. Blocks while the memory is pinned.
+    pub fn register(&self, memory: Arc<dyn Memory>, access: Access) -> Result<LocalRegion, EndpointError> {
+        let shared = self.shared();
+        let random = |source| EndpointError::Io {
+            operation: "random number for",
+            address: "a region token".to_owned(),
+            source,
+        };
+        let nonce = random_nonce().map_err(random)?;
+        let region = shared.register(memory, access)?;
+        let id = shared.next_export.fetch_add(1, Ordering::Relaxed);
+        let token = RegionToken::new(RegionTokenFields {
+            issuer: shared.incarnation,
+            addresses: shared.addresses.clone(),
+            region: id,
+            nonce,
+            length: region.length(),
+            read: access.remote_read,
+            write: access.remote_write,
+        });
+        let record = Arc::new(ExportRecord { id, nonce, region });
+        let token = match token {
+            Ok(token) => token,
+            Err(error) => {
+                shared.command(Command::ReleaseExport(record));
+                return Err(EndpointError::Setting {
+                    setting: "advertise",
+                    value: shared.addresses.join(", "),
+                    why: Box::leak(error.to_string().into_boxed_str()),
+                });
+            }
+        };
+        if !shared.command(Command::AddExport(Arc::clone(&record))) {
+            return Err(EndpointError::Closed);
+        }
+        Ok(LocalRegion { record, endpoint: Arc::clone(shared), token })
+    }
+
+    /// Asks the owner of `token` for access.
+    pub async fn open_region(&self, token: RegionToken) -> Result<RemoteRegion, AccessError> {
+        let shared = self.start_open(&token)?;
+        finished(&shared).await?;
+        self.opened_region(token, &shared)
+    }
+
+    /// Like [`Endpoint::open_region`], blocking. It ends by [`super::Builder::open_timeout`].
+    pub fn open_region_blocking(&self, token: RegionToken) -> Result<RemoteRegion, AccessError> {
+        let shared = self.start_open(&token)?;
+        shared.signal.wait(None, Clone::clone).unwrap_or(Err(AccessError::Expired))?;
+        self.opened_region(token, &shared)
+    }
+
+    fn start_open(&self, token: &RegionToken) -> Result<Arc<AccessShared>, AccessError> {
+        let shared = Arc::new(AccessShared::new());
+        let timeout = self.shared().config.open_timeout;
+        let entry = AccessEntry::new(token.clone(), AccessOp::Open, Arc::clone(&shared), timeout);
+        if !self.shared().command(Command::Access(Box::new(entry))) {
+            return Err(PeerError::Closed.into());
+        }
+        Ok(shared)
+    }
+
+    fn opened_region(
+        &self,
+        token: RegionToken,
+        shared: &AccessShared,
+    ) -> Result<RemoteRegion, AccessError> {
+        let keys = shared.keys.look(Clone::clone).ok_or(AccessError::Expired)?;
+        Ok(RemoteRegion { token, keys, endpoint: Arc::clone(self.shared()) })
+    }
+}
+
+impl LocalRegion {
+    /// The right to reach this region, for a peer.
+    pub fn token(&self) -> &RegionToken {
+        &self.token
+    }
+
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.record.region.length()
+    }
+}
+
+impl Drop for LocalRegion {
+    fn drop(&mut self) {
+        self.endpoint.command(Command::ReleaseExport(Arc::clone(&self.record)));
+    }
+}
+
+impl RemoteRegion {
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.token.length()
+    }
+
+    /// Reads `length` bytes from `remote_offset` of the region into `local` at `local_offset`, and waits for them.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`]; nothing is in flight then. After [`AccessError::Expired`] or [`AccessError::Peer`] the local
+    /// bytes are unspecified.
+    pub async fn read(
+        &self,
+        remote_offset: u64,
+        local: &LocalRegion,
+        local_offset: u64,
+        length: u64,
+        timeout: Duration,
+    ) -> Result<(), AccessError> {
+        finished(&self.start(true, remote_offset, local, local_offset, length, timeout)?).await
+    }
+
+    /// Writes `length` bytes of `local` from `local_offset` to `remote_offset` of the region, and waits until they
+    /// are there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`RemoteRegion::read`], for the remote bytes.
+    pub async fn write(
+        &self,
+        remote_offset: u64,
+        local: &LocalRegion,
+        local_offset: u64,
+        length: u64,
+        timeout: Duration,
+    ) -> Result<(), AccessError> {
+        finished(&self.start(false, remote_offset, local, local_offset, length, timeout)?).await
+    }
+
+    /// Like [`RemoteRegion::read`], blocking.
+    pub fn read_blocking(
+        &self,
+        remote_offset: u64,
+        local: &LocalRegion,
+        local_offset: u64,
+        length: u64,
+        timeout: Duration,
+    ) -> Result<(), AccessError> {
+        wait(&self.start(true, remote_offset, local, local_offset, length, timeout)?)
+    }
+
+    /// Like [`RemoteRegion::write`], blocking.
+    pub fn write_blocking(
+        &self,
+        remote_offset: u64,
+        local: &LocalRegion,
+        local_offset: u64,
+        length: u64,
+        timeout: Duration,
+    ) -> Result<(), AccessError> {
+        wait(&self.start(false, remote_offset, local, local_offset, length, timeout)?)
+    }
+
+    fn start(
+        &self,
+        read: bool,
+        remote_offset: u64,
+        local: &LocalRegion,
+        local_offset: u64,
+        length: u64,
+        timeout: Duration,
+    ) -> Result<Arc<AccessShared>, AccessError> {
+        check_range("remote", remote_offset, length, self.length())?;
+        check_range("local", local_offset, length, local.length())?;
+        if read && !self.token.can_read() {
+            return Err(AccessError::NotAllowed("read"));
+        }
+        if !read && !self.token.can_write() {
+            return Err(AccessError::NotAllowed("write"));
+        }
+        let shared = Arc::new(AccessShared::new());
+        if length == 0 {
+            shared.finish(Ok(()));
+            return Ok(shared);
+        }
+        let op = AccessOp::Move {
+            read,
+            local: Arc::clone(&local.record),
+            local_offset,
+            remote: Arc::clone(&self.keys),
+            remote_offset,
+            length,
+        };
+        let entry = AccessEntry::new(self.token.clone(), op, Arc::clone(&shared), timeout);
+        if !self.endpoint.command(Command::Access(Box::new(entry))) {
+            return Err(PeerError::Closed.into());
+        }
+        Ok(shared)
+    }
+}
+
+async fn finished(shared: &AccessShared) -> Result<(), AccessError> {
+    poll_fn(|context| shared.signal.poll(context, Clone::clone)).await
+}
+
+fn wait(shared: &AccessShared) -> Result<(), AccessError> {
+    // The driver answers by the deadline, or when the endpoint is closed.
+    shared.signal.wait(None, Clone::clone).unwrap_or(Err(AccessError::Expired))
+}
+
+fn check_range(side: &'static str, offset: u64, length: u64, capacity: u64) -> Result<(), AccessError> {
+    match offset.checked_add(length) {
+        Some(end) if end <= capacity => Ok(()),
+        _ => Err(AccessError::OutOfRange { side, offset, length, capacity }),
+    }
+}

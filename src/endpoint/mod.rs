@@ -1,0 +1,125 @@
+//! The endpoint: what serving engines hold, and the threads that drive the protocol over the fabrics.
+//!
+//! | Thread | Owns | Sleeps in |
+//! |---|---|---|
+//! | `kvpush-driver` | the [`core`], and with it all contexts, lanes, grants and pushes | `poll(2)` on the contexts and its wake-up |
+//! | `kvpush-control` | the control connections | `epoll(7)` |
+//!
+//! Every method may be called from any thread, and none but those that say so blocks. Every wait exists as a future
+//! (of any runtime, or none), as a blocking call with a timeout, and as a poll.
+
+mod arrival;
+mod builder;
+mod config;
+pub(crate) mod control;
+mod core;
+mod driver;
+mod error;
+mod export;
+mod pool;
+mod push;
+mod rails;
+mod shared;
+mod signal;
+mod wake;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::Ordering,
+    },
+    thread::JoinHandle,
+};
+
+use parking_lot::Mutex;
+
+pub use self::{
+    arrival::{Arrival, Revocation},
+    builder::Builder,
+    config::Polling,
+    error::{
+        AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
+    },
+    export::{LocalRegion, RemoteRegion},
+    pool::{GrantOptions, Pool},
+    push::{Push, PushReport},
+};
+use self::shared::EndpointShared;
+use crate::{
+    fabric::DeviceInfo,
+    wire::Incarnation,
+};
+
+/// One process's end of all transfers: its rails, its registered memory, its peers.
+///
+/// Cloning is cheap and gives another handle to the same endpoint. When the last handle is dropped the endpoint shuts
+/// down: peers are told, lanes fenced, and whoever still waits gets [`PeerError::Closed`].
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    owner: Arc<Owner>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    shared: Arc<EndpointShared>,
+    local: SocketAddr,
+    driver: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Endpoint {
+    /// Begins to configure an endpoint.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// The address that the control channel listens on.
+    pub fn local_address(&self) -> SocketAddr {
+        self.owner.local
+    }
+
+    /// The addresses that grants name.
+    pub fn addresses(&self) -> &[String] {
+        &self.owner.shared.addresses
+    }
+
+    /// The random name of this start of the endpoint.
+    pub fn incarnation(&self) -> Incarnation {
+        self.owner.shared.incarnation
+    }
+
+    /// The rails in use, best fabric first.
+    pub fn rails(&self) -> impl Iterator<Item = &DeviceInfo> {
+        self.owner.shared.devices.iter().map(|device| device.info())
+    }
+
+    /// Shuts down now, without waiting for other handles to be dropped. Blocks until the threads have ended.
+    ///
+    /// On return no peer can reach registered memory any more, and every arrival and push has ended.
+    pub fn shutdown(&self) {
+        self.owner.shutdown();
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<EndpointShared> {
+        &self.owner.shared
+    }
+}
+
+impl Owner {
+    fn shutdown(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.wake.wake();
+        if let Some(driver) = self.driver.lock().take() {
+            // The driver catches nothing, so that a bug is seen; its panic has been printed by its own thread.
+            if driver.join().is_err() {
+                tracing::error!("the driver thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}

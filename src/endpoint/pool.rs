@@ -1,0 +1,199 @@
+//! Pools: registered memory with a layout, and the grants issued for its pages.
+
+use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
+
+use bytes::Bytes;
+
+use super::{
+    Arrival, Endpoint, EndpointError, IssueError,
+    core::{ArrivalEntry, Command},
+    shared::{ArrivalShared, PoolHandle, PoolRecord},
+};
+use crate::{
+    fabric::Access,
+    kv::{HeadRange, KvLayout, LayoutError, PlaneRole, pages},
+    memory::Memory,
+    protocol::Blocks,
+    wire::{Grant, GrantFields, PoolId, random_nonce},
+};
+
+/// A KV cache (or one shard of it) that can be pushed from and into.
+///
+/// Cloning is cheap. The memory stays registered until the last clone, and every grant and push that uses the pool,
+/// has ended.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    pub(super) handle: Arc<PoolHandle>,
+}
+
+/// What a grant is for, beyond its pages.
+#[derive(Clone, Debug)]
+pub struct GrantOptions {
+    /// The caller's name for the request, at most 256 bytes; the writer can read it.
+    pub request: Bytes,
+    /// The writer has until then, counted from now.
+    pub deadline: Duration,
+    /// The heads the writer may write, by their number in the model; by default all that the pool holds. With tensor
+    /// parallelism of different degrees, each source rank gets a grant of its own for the same pages; see
+    /// [`crate::kv::shard::pairing`].
+    pub heads: Option<HeadRange>,
+    /// Overrides [`super::Builder::parts_per_layer`].
+    pub parts_per_layer: Option<u16>,
+}
+
+impl GrantOptions {
+    /// A grant of all heads.
+    pub fn new(request: impl Into<Bytes>, deadline: Duration) -> Self {
+        Self { request: request.into(), deadline, heads: None, parts_per_layer: None }
+    }
+
+    /// Restricts it to `heads`.
+    pub fn heads(mut self, heads: HeadRange) -> Self {
+        self.heads = Some(heads);
+        self
+    }
+}
+
+impl Endpoint {
+    /// Registers `memory` as a pool: region `i` of `layout` is `memory[i]`.
+    ///
+    /// Blocks while the memory is pinned, which takes long for gigabytes.
+    ///
+    /// # Errors
+    ///
+    /// The layout does not lie in the memory ([`EndpointError::Layout`]), or a rail refuses the registration.
+    pub fn register_pool(
+        &self,
+        layout: KvLayout,
+        memory: Vec<Arc<dyn Memory>>,
+    ) -> Result<Pool, EndpointError> {
+        let lengths: Vec<u64> = memory.iter().map(|memory| memory.length()).collect();
+        layout.validate(&lengths)?;
+        let shared = self.shared();
+        let mut regions = Vec::with_capacity(memory.len());
+        for memory in memory {
+            match shared.register(memory, Access::REMOTE_WRITE) {
+                Ok(region) => regions.push(region),
+                Err(error) => {
+                    regions.into_iter().for_each(|region| {
+                        shared.command(Command::Deregister(region));
+                    });
+                    return Err(error);
+                }
+            }
+        }
+        let id = PoolId(shared.next_pool.fetch_add(1, Ordering::Relaxed));
+        let record = Arc::new(PoolRecord::new(id, layout, regions));
+        if !shared.command(Command::AddPool(Arc::clone(&record))) {
+            return Err(EndpointError::Closed);
+        }
+        Ok(Pool { handle: Arc::new(PoolHandle { record, endpoint: Arc::clone(shared) }) })
+    }
+}
+
+impl Pool {
+    /// Its name within the endpoint.
+    pub fn id(&self) -> PoolId {
+        self.handle.record.id
+    }
+
+    /// Its layout.
+    pub fn layout(&self) -> &KvLayout {
+        &self.handle.record.layout
+    }
+
+    /// Pages that live grants hold.
+    pub fn granted_pages(&self) -> usize {
+        self.handle.record.reserved_pages()
+    }
+
+    /// Reserves `pages` and issues the right to write all layers of them, once, within `deadline` from now.
+    ///
+    /// `pages` is in the request's own order: position `i` of the grant is `pages[i]`, and the writer pushes its page
+    /// for position `i` there. `request` is the caller's name for it, of at most 256 bytes.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # fn decode(pool: &kvpush::Pool, send_anywhere: impl Fn(bytes::Bytes))
+    /// #     -> Result<(), Box<dyn std::error::Error>> {
+    /// let arrival = pool.grant("request-17", &[4, 9, 10], Duration::from_secs(30))?;
+    /// send_anywhere(arrival.grant().encode());
+    /// let first_token = arrival.complete_blocking(Duration::from_secs(31)).expect("ends by its deadline")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`IssueError`]; nothing is reserved then.
+    pub fn grant(
+        &self,
+        request: impl Into<Bytes>,
+        pages: &[u32],
+        deadline: Duration,
+    ) -> Result<Arrival, IssueError> {
+        self.grant_with(pages, GrantOptions::new(request, deadline))
+    }
+
+    /// Like [`Pool::grant`], with all options.
+    pub fn grant_with(&self, pages: &[u32], options: GrantOptions) -> Result<Arrival, IssueError> {
+        let (record, endpoint) = (&self.handle.record, &self.handle.endpoint);
+        let config = &endpoint.config;
+        if options.deadline.is_zero() {
+            return Err(IssueError::NoTime);
+        }
+        let heads = options.heads.unwrap_or_else(|| record.heads());
+        check_heads(&record.layout, heads)?;
+        let parts_per_layer = options.parts_per_layer.unwrap_or(config.parts_per_layer);
+        let layers = record.layout.layers.len();
+        let blocks = u32::try_from(pages.len())
+            .ok()
+            .filter(|_| pages.len() <= Grant::MAX_PAGES)
+            .and_then(|count| Blocks::new(layers as u32, count, parts_per_layer))
+            .ok_or(IssueError::Size { pages: pages.len(), layers, parts_per_layer })?;
+        pages::check_range(pages, record.layout.pages)?;
+        pages::check_unique(pages, record.layout.pages)?;
+        let limit = config.max_transfers;
+        let tail_slot = endpoint.tails.take().ok_or(IssueError::TooMany { limit })?;
+        let grant = Grant::new(GrantFields {
+            issuer: endpoint.incarnation,
+            addresses: endpoint.addresses.clone(),
+            pool: record.id,
+            id: tail_slot.id(),
+            nonce: random_nonce().map_err(|_| IssueError::Closed)?,
+            heads,
+            parts_per_layer,
+            tail_capacity: config.tail_capacity,
+            valid_for: options.deadline,
+            request: options.request,
+            pages: pages.to_vec(),
+        })?;
+        record.reserve(pages, heads)?;
+        let shared = Arc::new(ArrivalShared::new(layers as u32));
+        let entry = ArrivalEntry::new(
+            grant.clone(),
+            Arc::clone(&self.handle),
+            Arc::clone(&shared),
+            tail_slot,
+            blocks,
+            options.deadline,
+        );
+        if !endpoint.command(Command::AddGrant(Box::new(entry))) {
+            record.release(pages, heads);
+            return Err(IssueError::Closed);
+        }
+        Ok(Arrival::new(grant, shared, Arc::clone(endpoint), layers))
+    }
+}
+
+fn check_heads(layout: &KvLayout, wanted: HeadRange) -> Result<(), IssueError> {
+    for (layer, planes) in layout.layers.iter().enumerate() {
+        let holds = |plane: &crate::kv::Plane| {
+            plane.role == PlaneRole::Auxiliary || plane.heads.contains(wanted)
+        };
+        if wanted.count == 0 || !planes.planes.iter().all(holds) {
+            return Err(IssueError::Heads { wanted, layer });
+        }
+    }
+    Ok(())
+}

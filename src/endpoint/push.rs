@@ -1,0 +1,386 @@
+//! The writer's session for a grant.
+
+use std::{
+    fmt,
+    future::poll_fn,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use super::{
+    Endpoint, PeerError, Pool, PushError, PushInputError,
+    core::{Command, PushEntry},
+    shared::{EndpointShared, PushPhase, PushShared},
+    signal::Signal,
+};
+use crate::{kv::pages::check_unique, wire::Grant};
+
+/// What a completed push did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PushReport {
+    /// Bytes of pages written, the tail not included.
+    pub bytes: u64,
+    /// Writes posted for them, the tail included.
+    pub writes: u64,
+    /// From the call that began the push to the last acknowledgement.
+    pub elapsed: Duration,
+}
+
+/// Pages on their way out of a pool.
+///
+/// It ends exactly once: completed, or with a [`PushError`]. When its end is reported nothing of it is in flight any
+/// more, so its source pages may be reused; until then they must not change.
+///
+/// Dropping it before its end cancels it in the background.
+pub struct Push {
+    id: u64,
+    grant: Grant,
+    source_pages: u32,
+    shared: Arc<PushShared>,
+    endpoint: Arc<EndpointShared>,
+    input: Mutex<Input>,
+}
+
+/// What has been handed over so far.
+#[derive(Debug)]
+struct Input {
+    layers: Vec<Pushed>,
+    finished: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Pushed {
+    count: usize,
+    /// A bit for each position, kept only while the layer is handed over in pieces.
+    positions: Vec<u64>,
+}
+
+impl Endpoint {
+    /// Begins to write pages of `pool` where `grant` allows it, and waits until the reader has agreed.
+    ///
+    /// The first push to a peer dials it and sets up lanes; later ones reuse them.
+    ///
+    /// # Errors
+    ///
+    /// The peer is not there, is not the one that issued the grant, refuses the grant, or its pool does not match.
+    /// Nothing has been written then.
+    pub async fn push(&self, pool: &Pool, grant: Grant) -> Result<Push, PushError> {
+        let push = self.start_push(pool, grant, None)?;
+        push.opened().await?;
+        Ok(push)
+    }
+
+    /// Like [`Endpoint::push`], blocking for at most `timeout`, after which the push is [`PushError::Expired`].
+    pub fn push_blocking(&self, pool: &Pool, grant: Grant, timeout: Duration) -> Result<Push, PushError> {
+        let push = self.start_push(pool, grant, Some(timeout))?;
+        push.shared.signal.wait(None, opened).unwrap_or(Err(PushError::Expired))?;
+        Ok(push)
+    }
+
+    /// Begins a push without waiting. Pages can be handed over once [`Push::opened`] says so.
+    pub fn start_push(
+        &self,
+        pool: &Pool,
+        grant: Grant,
+        timeout: Option<Duration>,
+    ) -> Result<Push, PushError> {
+        let shared = self.shared();
+        let id = shared.next_push.fetch_add(1, Ordering::Relaxed);
+        let record = &pool.handle.record;
+        let state = Arc::new(PushShared { signal: Signal::new(PushPhase::Opening), open_timeout: timeout });
+        let limit = shared.config.max_transfers;
+        let tail_slot = shared.tails.take().ok_or(PushInputError::TooMany { limit })?;
+        if !Arc::ptr_eq(&pool.handle.endpoint, shared) {
+            return Err(PushInputError::ForeignPool.into());
+        }
+        if grant.tail_capacity() > shared.config.tail_capacity {
+            tracing::debug!("the reader has room for a longer tail than this side can send");
+        }
+        let entry = PushEntry::new(
+            id,
+            grant.clone(),
+            Arc::clone(&pool.handle),
+            Arc::clone(&state),
+            tail_slot,
+        );
+        if !shared.command(Command::OpenPush(Box::new(entry))) {
+            return Err(PeerError::Closed.into());
+        }
+        let input = Input {
+            layers: vec![Pushed::default(); record.layout.layers.len()],
+            finished: false,
+        };
+        Ok(Push {
+            id,
+            grant,
+            source_pages: record.layout.pages,
+            shared: state,
+            endpoint: Arc::clone(shared),
+            input: Mutex::new(input),
+        })
+    }
+}
+
+impl Push {
+    /// The grant.
+    pub fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Waits until the reader has agreed.
+    pub async fn opened(&self) -> Result<(), PushError> {
+        poll_fn(|context| self.shared.signal.poll(context, opened)).await
+    }
+
+    /// Whether the reader has agreed, or the push has ended; `None` if neither.
+    pub fn poll_opened(&self) -> Option<Result<(), PushError>> {
+        self.shared.signal.look(opened)
+    }
+
+    /// Pushes one whole layer: `pages[i]` goes to position `i` of the grant.
+    ///
+    /// Returns at once; the driver thread plans and posts. Layers may be pushed in any order. The pages must hold
+    /// their final bytes already and must not change until the push has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`PushError::Input`] if the call is wrong, in which case nothing is written by it and the push goes on;
+    /// otherwise the push has ended, and this is why.
+    pub fn layer(&self, layer: usize, pages: &[u32]) -> Result<(), PushError> {
+        let granted = self.grant.pages().len();
+        if pages.len() != granted {
+            return Err(PushInputError::Positions { first: 0, count: pages.len(), granted }.into());
+        }
+        self.layer_from(layer, 0, pages)
+    }
+
+    /// Pushes some pages of a layer, as chunked prefill produces them: `pages[i]` goes to position `first + i`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Push::layer`].
+    pub fn layer_from(&self, layer: usize, first: usize, pages: &[u32]) -> Result<(), PushError> {
+        match self.shared.signal.look(opened) {
+            None => return Err(PushInputError::NotOpen.into()),
+            Some(opened) => opened?,
+        }
+        self.input.lock().take(layer, first, pages, self.grant.pages().len(), self.source_pages)?;
+        if pages.is_empty() {
+            return Ok(());
+        }
+        self.command(Command::Pages {
+            push: self.id,
+            layer: layer as u32,
+            first: first as u32,
+            pages: pages.into(),
+        })
+    }
+
+    /// Sends the tail and waits until everything is in the reader's memory.
+    ///
+    /// # Errors
+    ///
+    /// [`PushError::Input`] if pages are missing or the tail is too long: nothing is sent and the push goes on.
+    /// Otherwise the push has ended, and this is why.
+    pub async fn finish(&self, tail: impl Into<Bytes>) -> Result<PushReport, PushError> {
+        self.start_finish(tail)?;
+        self.ended().await
+    }
+
+    /// Like [`Push::finish`], blocking; `None` after `timeout`, and the push goes on.
+    pub fn finish_blocking(
+        &self,
+        tail: impl Into<Bytes>,
+        timeout: Duration,
+    ) -> Option<Result<PushReport, PushError>> {
+        if let Err(error) = self.start_finish(tail) {
+            return Some(Err(error));
+        }
+        self.ended_blocking(timeout)
+    }
+
+    /// Sends the tail without waiting.
+    pub fn start_finish(&self, tail: impl Into<Bytes>) -> Result<(), PushError> {
+        let tail = tail.into();
+        match self.shared.signal.look(opened) {
+            None => return Err(PushInputError::NotOpen.into()),
+            Some(opened) => opened?,
+        }
+        let capacity = self.grant.tail_capacity().min(self.endpoint.config.tail_capacity) as usize;
+        if tail.len() > capacity {
+            return Err(PushInputError::Tail { length: tail.len(), capacity }.into());
+        }
+        self.input.lock().finish(self.grant.pages().len())?;
+        self.command(Command::Finish { push: self.id, tail })
+    }
+
+    /// Stops the push and waits until nothing of it is in flight. The reader's arrival ends as abandoned.
+    pub async fn cancel(&self) -> Result<PushReport, PushError> {
+        self.start_cancel();
+        self.ended().await
+    }
+
+    /// Begins to stop the push.
+    pub fn start_cancel(&self) {
+        // Without a driver everything has ended already.
+        self.endpoint.command(Command::Cancel { push: self.id });
+    }
+
+    /// Waits for the end.
+    pub async fn ended(&self) -> Result<PushReport, PushError> {
+        poll_fn(|context| self.shared.signal.poll(context, ended)).await
+    }
+
+    /// Blocks until the end; `None` after `timeout`.
+    pub fn ended_blocking(&self, timeout: Duration) -> Option<Result<PushReport, PushError>> {
+        self.shared.signal.wait(Instant::now().checked_add(timeout), ended)
+    }
+
+    /// The end, if it has ended.
+    pub fn poll_ended(&self) -> Option<Result<PushReport, PushError>> {
+        self.shared.signal.look(ended)
+    }
+
+    fn command(&self, command: Command) -> Result<(), PushError> {
+        if self.endpoint.command(command) { Ok(()) } else { Err(PeerError::Closed.into()) }
+    }
+}
+
+fn opened(phase: &PushPhase) -> Option<Result<(), PushError>> {
+    match phase {
+        PushPhase::Opening => None,
+        PushPhase::Active | PushPhase::Ended(Ok(_)) => Some(Ok(())),
+        PushPhase::Ended(Err(error)) => Some(Err(error.clone())),
+    }
+}
+
+fn ended(phase: &PushPhase) -> Option<Result<PushReport, PushError>> {
+    match phase {
+        PushPhase::Ended(result) => Some(result.clone()),
+        PushPhase::Opening | PushPhase::Active => None,
+    }
+}
+
+impl Input {
+    /// Checks a call and, if it is right, remembers it.
+    fn take(
+        &mut self,
+        layer: usize,
+        first: usize,
+        pages: &[u32],
+        granted: usize,
+        source_pages: u32,
+    ) -> Result<(), PushInputError> {
+        if self.finished {
+            return Err(PushInputError::Finished);
+        }
+        let layers = self.layers.len();
+        let pushed = self.layers.get_mut(layer).ok_or(PushInputError::Layer { layer, layers })?;
+        let count = pages.len();
+        if first.checked_add(count).is_none_or(|end| end > granted) {
+            return Err(PushInputError::Positions { first, count, granted });
+        }
+        if let Some(position) = pushed.first_repeated(first, count, granted) {
+            return Err(PushInputError::Repeated { layer, position });
+        }
+        check_unique(pages, source_pages)?;
+        pushed.add(first, count, granted);
+        Ok(())
+    }
+
+    fn finish(&mut self, granted: usize) -> Result<(), PushInputError> {
+        if self.finished {
+            return Err(PushInputError::Finished);
+        }
+        if let Some(layer) = self.layers.iter().position(|pushed| pushed.count < granted) {
+            let missing = granted - self.layers[layer].count;
+            return Err(PushInputError::Incomplete { layer, missing });
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Pushed {
+    fn first_repeated(&self, first: usize, count: usize, granted: usize) -> Option<usize> {
+        if self.count == granted {
+            return (count > 0).then_some(first);
+        }
+        (first..first + count)
+            .find(|&p| self.positions.get(p / 64).is_some_and(|word| word & (1 << (p % 64)) != 0))
+    }
+
+    fn add(&mut self, first: usize, count: usize, granted: usize) {
+        self.count += count;
+        if self.count == granted {
+            self.positions = Vec::new();
+            return;
+        }
+        self.positions.resize(granted.div_ceil(64), 0);
+        for position in first..first + count {
+            self.positions[position / 64] |= 1 << (position % 64);
+        }
+    }
+}
+
+impl Drop for Push {
+    fn drop(&mut self) {
+        if self.poll_ended().is_none() {
+            self.start_cancel();
+        }
+    }
+}
+
+impl fmt::Debug for Push {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Push")
+            .field("id", &self.id)
+            .field("grant", &self.grant)
+            .field("end", &self.poll_ended())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::pages::PageError;
+
+    fn input() -> Input {
+        Input { layers: vec![Pushed::default(); 2], finished: false }
+    }
+
+    #[test]
+    fn a_wrong_call_changes_nothing() {
+        let mut input = input();
+        assert!(matches!(input.take(2, 0, &[1], 3, 100), Err(PushInputError::Layer { .. })));
+        assert!(matches!(input.take(0, 2, &[1, 2], 3, 100), Err(PushInputError::Positions { .. })));
+        assert!(matches!(input.take(0, usize::MAX, &[1], 3, 100), Err(PushInputError::Positions { .. })));
+        assert!(matches!(
+            input.take(0, 0, &[5, 100], 3, 100),
+            Err(PushInputError::Page(PageError::OutOfRange { page: 100, .. }))
+        ));
+        assert!(matches!(
+            input.take(0, 0, &[5, 6, 5], 3, 100),
+            Err(PushInputError::Page(PageError::Duplicate { page: 5, .. }))
+        ));
+        assert_eq!(input.take(0, 0, &[5, 6, 7], 3, 100), Ok(()), "none of the above was remembered");
+    }
+
+    #[test]
+    fn a_position_is_pushed_once_and_all_before_the_end() {
+        let mut input = input();
+        assert_eq!(input.take(0, 1, &[9], 3, 100), Ok(()));
+        assert!(matches!(input.take(0, 0, &[1, 2], 3, 100), Err(PushInputError::Repeated { position: 1, .. })));
+        assert_eq!(input.take(0, 0, &[1], 3, 100), Ok(()));
+        assert!(matches!(input.finish(3), Err(PushInputError::Incomplete { layer: 0, missing: 1 })));
+        assert_eq!(input.take(0, 2, &[1], 3, 100), Ok(()));
+        assert!(matches!(input.take(0, 2, &[1], 3, 100), Err(PushInputError::Repeated { .. })));
+        assert_eq!(input.take(1, 0, &[1, 2, 3], 3, 100), Ok(()));
+        assert_eq!(input.finish(3), Ok(()));
+        assert_eq!(input.finish(3), Err(PushInputError::Finished));
+    }
+}

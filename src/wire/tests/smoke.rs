@@ -1,0 +1,1 @@
+//! A short deterministic fuzz run for every test run; `fuzz/` has the same targets for cargo-fuzz.
