@@ -20,6 +20,7 @@
 mod caps;
 mod error;
 mod request;
+pub mod tcp;
 
 pub use caps::{Capabilities, DeviceInfo, FabricKind, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};
