@@ -2,7 +2,7 @@
 
 /// Fails the test at the first byte that differs.
 #[track_caller]
-pub fn same_bytes(what: &str, found: &[u8], expected: &[u8]) {
+pub(crate) fn same_bytes(what: &str, found: &[u8], expected: &[u8]) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     let wrong = found.iter().zip(expected).position(|(f, e)| f != e);
     if let Some(at) = wrong {

@@ -31,7 +31,7 @@ fn selected(kind: FabricKind) -> bool {
 }
 
 /// Two TCP devices on loopback.
-pub fn tcp_pair() -> Option<Pair> {
+pub(crate) fn tcp_pair() -> Option<Pair> {
     selected(FabricKind::Tcp).then(|| {
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let open = |name: &str| {

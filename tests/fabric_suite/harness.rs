@@ -13,22 +13,22 @@ use kvpush::fabric::{
 };
 
 /// Longest wait for something that must happen; generous, because guests under emulation are slow.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 static DESCRIPTORS: RwLock<()> = RwLock::new(());
 
 /// Held by every test that opens and closes descriptors.
-pub fn descriptors_may_change() -> RwLockReadGuard<'static, ()> {
+pub(crate) fn descriptors_may_change() -> RwLockReadGuard<'static, ()> {
     DESCRIPTORS.read().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Held by a test that counts the descriptors of the process.
-pub fn descriptors_are_mine() -> RwLockWriteGuard<'static, ()> {
+pub(crate) fn descriptors_are_mine() -> RwLockWriteGuard<'static, ()> {
     DESCRIPTORS.write().unwrap_or_else(|e| e.into_inner())
 }
 
 /// A block of memory that is accessed only through raw pointers, as registered memory must be.
-pub struct Memory {
+pub(crate) struct Memory {
     base: *mut u8,
     layout: Layout,
 }
@@ -37,7 +37,7 @@ pub struct Memory {
 unsafe impl Send for Memory {}
 
 impl Memory {
-    pub fn new(length: usize, fill: u8) -> Self {
+    pub(crate) fn new(length: usize, fill: u8) -> Self {
         let layout = Layout::from_size_align(length, 4096).expect("layout");
         // SAFETY: the size is not zero in any test.
         let base = unsafe { alloc(layout) };
@@ -47,15 +47,15 @@ impl Memory {
         memory
     }
 
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.base.expose_provenance() as u64
     }
 
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.layout.size()
     }
 
-    pub fn write(&self, offset: usize, bytes: &[u8]) {
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.len());
         // SAFETY: in bounds (asserted); the source is not this block.
         unsafe {
@@ -63,7 +63,7 @@ impl Memory {
         }
     }
 
-    pub fn read(&self, offset: usize, length: usize) -> Vec<u8> {
+    pub(crate) fn read(&self, offset: usize, length: usize) -> Vec<u8> {
         assert!(offset + length <= self.len());
         let mut bytes = vec![0; length];
         // SAFETY: in bounds (asserted); the destination is not this block.
@@ -73,7 +73,7 @@ impl Memory {
         bytes
     }
 
-    pub fn all(&self) -> Vec<u8> {
+    pub(crate) fn all(&self) -> Vec<u8> {
         self.read(0, self.len())
     }
 }
@@ -86,7 +86,7 @@ impl Drop for Memory {
 }
 
 /// One side: its data path and the completions that were polled and not yet taken.
-pub struct End {
+pub(crate) struct End {
     pub context: Box<dyn Context>,
     pub device: Arc<dyn Device>,
     pub done: Vec<Completion>,
@@ -95,7 +95,9 @@ pub struct End {
 
 impl End {
     fn new(device: Arc<dyn Device>, host: IpAddr) -> Self {
-        let context = Arc::clone(&device).open_context(4096).expect("open a context");
+        let context = Arc::clone(&device)
+            .open_context(4096)
+            .expect("open a context");
         Self {
             context,
             device,
@@ -104,11 +106,11 @@ impl End {
         }
     }
 
-    pub fn register(&self, memory: &Memory, access: Access) -> MemoryKeys {
+    pub(crate) fn register(&self, memory: &Memory, access: Access) -> MemoryKeys {
         self.register_part(memory, 0, memory.len(), access)
     }
 
-    pub fn register_part(
+    pub(crate) fn register_part(
         &self,
         memory: &Memory,
         offset: usize,
@@ -118,16 +120,19 @@ impl End {
         assert!(offset + length <= memory.len());
         // SAFETY: the block outlives the pair in every test (declared before it is used, dropped by the case after
         // the pair's last poll), and is accessed only by raw pointers.
-        unsafe { self.device.register(memory.address() + offset as u64, length as u64, access) }
-            .expect("register")
+        unsafe {
+            self.device
+                .register(memory.address() + offset as u64, length as u64, access)
+        }
+        .expect("register")
     }
 
-    pub fn poll(&mut self) {
+    pub(crate) fn poll(&mut self) {
         self.context.poll(&mut self.done).expect("poll");
     }
 
     /// The completions so far of sends, in order.
-    pub fn sends(&self) -> Vec<(u64, Status)> {
+    pub(crate) fn sends(&self) -> Vec<(u64, Status)> {
         let sends = self.done.iter().filter_map(|c| match c.kind {
             CompletionKind::Sent { id } => Some((id, c.status)),
             CompletionKind::Received { .. } => None,
@@ -136,7 +141,7 @@ impl End {
     }
 
     /// The completions so far of receives, in order.
-    pub fn receives(&self) -> Vec<(u32, Status)> {
+    pub(crate) fn receives(&self) -> Vec<(u32, Status)> {
         let receives = self.done.iter().filter_map(|c| match c.kind {
             CompletionKind::Received { imm } => Some((imm, c.status)),
             CompletionKind::Sent { .. } => None,
@@ -146,13 +151,18 @@ impl End {
 }
 
 /// Two ends that reach each other.
-pub struct Pair {
+pub(crate) struct Pair {
     pub a: End,
     pub b: End,
 }
 
 impl Pair {
-    pub fn new(a: Arc<dyn Device>, b: Arc<dyn Device>, host_a: IpAddr, host_b: IpAddr) -> Self {
+    pub(crate) fn new(
+        a: Arc<dyn Device>,
+        b: Arc<dyn Device>,
+        host_a: IpAddr,
+        host_b: IpAddr,
+    ) -> Self {
         Self {
             a: End::new(a, host_a),
             b: End::new(b, host_b),
@@ -160,29 +170,36 @@ impl Pair {
     }
 
     /// Creates a lane on both ends and connects it; `a` dials.
-    pub fn lane(&mut self, config: &LaneConfig) -> (LaneId, LaneId) {
+    pub(crate) fn lane(&mut self, config: &LaneConfig) -> (LaneId, LaneId) {
         let (a, at_a) = self.a.context.create_lane(config).expect("create a lane");
         let (b, at_b) = self.b.context.create_lane(config).expect("create a lane");
         let (host_a, host_b) = (self.a.host, self.b.host);
         let accept = self.b.context.connect_lane(b, &at_a, host_a, false);
         accept.expect("accept");
-        self.a.context.connect_lane(a, &at_b, host_b, true).expect("dial");
+        self.a
+            .context
+            .connect_lane(a, &at_b, host_b, true)
+            .expect("dial");
         (a, b)
     }
 
-    pub fn poll(&mut self) {
+    pub(crate) fn poll(&mut self) {
         self.a.poll();
         self.b.poll();
     }
 
     /// Polls both ends until `done`, or fails the test.
-    pub fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+    pub(crate) fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let start = Instant::now();
         let mut idle = 0;
         while !done(self) {
             let before = self.a.done.len() + self.b.done.len();
             self.poll();
-            idle = if before == self.a.done.len() + self.b.done.len() { idle + 1 } else { 0 };
+            idle = if before == self.a.done.len() + self.b.done.len() {
+                idle + 1
+            } else {
+                0
+            };
             assert!(
                 start.elapsed() < PATIENCE,
                 "{what}: not within {PATIENCE:?}; a {:?}, b {:?}",
@@ -196,7 +213,7 @@ impl Pair {
     }
 
     /// Polls both ends for `time`.
-    pub fn poll_for(&mut self, time: Duration) {
+    pub(crate) fn poll_for(&mut self, time: Duration) {
         let start = Instant::now();
         while start.elapsed() < time {
             self.poll();
@@ -206,7 +223,7 @@ impl Pair {
 }
 
 /// The lanes of most cases.
-pub const LANE: LaneConfig = LaneConfig {
+pub(crate) const LANE: LaneConfig = LaneConfig {
     send_depth: 64,
     receive_depth: 16,
     max_sge: 4,
@@ -214,7 +231,13 @@ pub const LANE: LaneConfig = LaneConfig {
 };
 
 /// A request with its whole gather list.
-pub fn request(id: u64, opcode: Opcode, to: u64, key: RemoteKey, sge_count: u32) -> WorkRequest {
+pub(crate) fn request(
+    id: u64,
+    opcode: Opcode,
+    to: u64,
+    key: RemoteKey,
+    sge_count: u32,
+) -> WorkRequest {
     WorkRequest {
         id,
         opcode,
@@ -228,7 +251,7 @@ pub fn request(id: u64, opcode: Opcode, to: u64, key: RemoteKey, sge_count: u32)
 }
 
 /// `length` bytes of `memory` from `offset`.
-pub fn sge(memory: &Memory, keys: &MemoryKeys, offset: usize, length: usize) -> Sge {
+pub(crate) fn sge(memory: &Memory, keys: &MemoryKeys, offset: usize, length: usize) -> Sge {
     assert!(offset + length <= memory.len());
     Sge {
         address: memory.address() + offset as u64,
@@ -238,10 +261,10 @@ pub fn sge(memory: &Memory, keys: &MemoryKeys, offset: usize, length: usize) -> 
 }
 
 /// A small generator (xorshift64*, Vigna 2016) whose seed is printed.
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(case: &str) -> Self {
+    pub(crate) fn new(case: &str) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let fresh = now.map_or(1, |d| d.as_nanos() as u64);
         let seed = match std::env::var("KVPUSH_SEED") {
@@ -252,7 +275,7 @@ impl Random {
         Self(seed | 1)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -260,11 +283,11 @@ impl Random {
     }
 
     /// A number below `bound`.
-    pub fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         (self.next() >> 16) as usize % bound
     }
 
-    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, length: usize) -> Vec<u8> {
         (0..length).map(|_| (self.next() >> 32) as u8).collect()
     }
 }

@@ -10,13 +10,16 @@ use crate::{
 const POISON: u8 = 0xa5;
 
 /// Writes a page and expects it with `flip` applied to its last byte.
-pub fn write_and_compare(mut pair: Pair, flip: u8) {
+pub(crate) fn write_and_compare(mut pair: Pair, flip: u8) {
     let (from, to) = (Memory::new(4096, 0x11), Memory::new(4096, POISON));
     let source = pair.a.register(&from, Access::LOCAL);
     let target = pair.b.register(&to, Access::REMOTE_WRITE);
     let (lane, _) = pair.lane(&LANE);
     let write = request(1, Opcode::Write, to.address(), target.remote, 1);
-    let posted = pair.a.context.post(lane, &[write], &[sge(&from, &source, 0, 4096)]);
+    let posted = pair
+        .a
+        .context
+        .post(lane, &[write], &[sge(&from, &source, 0, 4096)]);
     posted.expect("post");
     pair.until("the write", |pair| !pair.a.sends().is_empty());
     let mut expected = from.all();
@@ -24,7 +27,7 @@ pub fn write_and_compare(mut pair: Pair, flip: u8) {
     same_bytes("page", &to.all(), &expected);
 }
 
-pub fn scattered_write_lands_exactly(mut pair: Pair) {
+pub(crate) fn scattered_write_lands_exactly(mut pair: Pair) {
     let mut random = Random::new("scattered_write_lands_exactly");
     let (from, to) = (Memory::new(1 << 20, 0), Memory::new(1 << 20, POISON));
     from.write(0, &random.bytes(1 << 20));
@@ -49,15 +52,22 @@ pub fn scattered_write_lands_exactly(mut pair: Pair) {
         let at = random.below(to.len() - payload.len());
         expected[at..at + payload.len()].copy_from_slice(&payload);
         let to_address = to.address() + at as u64;
-        let write = request(round, Opcode::Write, to_address, target.remote, count as u32);
+        let write = request(
+            round,
+            Opcode::Write,
+            to_address,
+            target.remote,
+            count as u32,
+        );
         pair.a.context.post(lane, &[write], &sges).expect("post");
-        pair.until("a scattered write", |pair| pair.a.sends().len() as u64 > round);
+        pair.until("a scattered write", |pair| {
+            pair.a.sends().len() as u64 > round
+        });
         assert_eq!(pair.a.sends().last(), Some(&(round, Status::Success)));
         if round % 10 == 9 {
             same_bytes("destination", &to.all(), &expected);
         }
     }
-    same_bytes("source", &from.all(), &from.all());
 }
 
 /// Posts random writes into `[first, first + length)` of the destination and then a write with immediate; returns
@@ -81,7 +91,9 @@ fn random_batch(
     };
     let writes = 1 + random.below(24);
     for index in 0..=writes {
-        let most = range.len().min(if random.below(4) == 0 { 300_000 } else { 6_000 });
+        let most = range
+            .len()
+            .min(if random.below(4) == 0 { 300_000 } else { 6_000 });
         let length = 1 + random.below(most);
         let here = random.below(from.len() - length + 1);
         let there = range.start + random.below(range.len() - length + 1);
@@ -89,7 +101,11 @@ fn random_batch(
         let last = index == writes;
         batch.requests.push(WorkRequest {
             id: u64::from(imm) << 32 | index as u64,
-            opcode: if last { Opcode::WriteImm(imm) } else { Opcode::Write },
+            opcode: if last {
+                Opcode::WriteImm(imm)
+            } else {
+                Opcode::Write
+            },
             remote_address: to.address() + there as u64,
             remote_key: target.remote,
             first_sge: batch.sges.len() as u32,
@@ -102,7 +118,7 @@ fn random_batch(
     batch
 }
 
-pub fn immediate_follows_earlier_writes(mut pair: Pair) {
+pub(crate) fn immediate_follows_earlier_writes(mut pair: Pair) {
     let mut random = Random::new("immediate_follows_earlier_writes");
     let (from, to) = (Memory::new(1 << 20, 0), Memory::new(1 << 20, POISON));
     from.write(0, &random.bytes(1 << 20));
@@ -114,18 +130,28 @@ pub fn immediate_follows_earlier_writes(mut pair: Pair) {
         let whole = 0..to.len();
         let ends = ((&from, &source), (&to, &target));
         let batch = random_batch(&mut random, ends.0, ends.1, whole, &mut expected, imm);
-        pair.a.context.post(lane, &batch.requests, &batch.sges).expect("post");
+        pair.a
+            .context
+            .post(lane, &batch.requests, &batch.sges)
+            .expect("post");
         // Later writes may overtake nothing: the peer is looked at in the very poll that delivers the immediate.
-        pair.until("the immediate", |pair| pair.b.receives().len() > imm as usize);
+        pair.until("the immediate", |pair| {
+            pair.b.receives().len() > imm as usize
+        });
         assert_eq!(pair.b.receives().last(), Some(&(imm, Status::Success)));
         same_bytes("destination at the immediate", &to.all(), &expected);
         pair.b.context.post_receives(peer, 1).expect("replenish");
         pair.until("the send", |pair| pair.a.sends().len() > imm as usize);
     }
-    assert!(pair.a.sends().iter().all(|(_, status)| *status == Status::Success));
+    assert!(
+        pair.a
+            .sends()
+            .iter()
+            .all(|(_, status)| *status == Status::Success)
+    );
 }
 
-pub fn many_lanes_at_once(mut pair: Pair) {
+pub(crate) fn many_lanes_at_once(mut pair: Pair) {
     const LANES: usize = 8;
     const PART: usize = 256 << 10;
     const ROUNDS: u32 = 6;
@@ -134,7 +160,10 @@ pub fn many_lanes_at_once(mut pair: Pair) {
     from.write(0, &random.bytes(1 << 20));
     let source = pair.a.register(&from, Access::LOCAL);
     let target = pair.b.register(&to, Access::REMOTE_WRITE);
-    let config = LaneConfig { send_depth: 256, ..LANE };
+    let config = LaneConfig {
+        send_depth: 256,
+        ..LANE
+    };
     let lanes: Vec<(LaneId, LaneId)> = (0..LANES).map(|_| pair.lane(&config)).collect();
     let mut expected = to.all();
     for round in 0..ROUNDS {
@@ -142,7 +171,10 @@ pub fn many_lanes_at_once(mut pair: Pair) {
             let part = index * PART..(index + 1) * PART;
             let ends = ((&from, &source), (&to, &target));
             let batch = random_batch(&mut random, ends.0, ends.1, part, &mut expected, round);
-            pair.a.context.post(*lane, &batch.requests, &batch.sges).expect("post");
+            pair.a
+                .context
+                .post(*lane, &batch.requests, &batch.sges)
+                .expect("post");
         }
     }
     let all = LANES * ROUNDS as usize;
@@ -159,7 +191,7 @@ pub fn many_lanes_at_once(mut pair: Pair) {
     }
 }
 
-pub fn both_directions_at_once(mut pair: Pair) {
+pub(crate) fn both_directions_at_once(mut pair: Pair) {
     let mut random = Random::new("both_directions_at_once");
     let (at_a, at_b) = (Memory::new(8 << 20, 0), Memory::new(8 << 20, 0));
     // The lower half is the source, the upper half the destination.
@@ -187,11 +219,17 @@ pub fn both_directions_at_once(mut pair: Pair) {
     same_bytes("at a", &at_a.read(HALF, HALF), &at_b.read(0, HALF));
 }
 
-pub fn zero_length_immediate(mut pair: Pair) {
+pub(crate) fn zero_length_immediate(mut pair: Pair) {
     let to = Memory::new(4096, POISON);
     let target = pair.b.register(&to, Access::REMOTE_WRITE);
     let (lane, _) = pair.lane(&LANE);
-    let write = request(5, Opcode::WriteImm(0xdead_beef), to.address(), target.remote, 0);
+    let write = request(
+        5,
+        Opcode::WriteImm(0xdead_beef),
+        to.address(),
+        target.remote,
+        0,
+    );
     pair.a.context.post(lane, &[write], &[]).expect("post");
     pair.until("both completions", |pair| {
         pair.a.done.len() == 1 && pair.b.done.len() == 1
@@ -201,7 +239,7 @@ pub fn zero_length_immediate(mut pair: Pair) {
     same_bytes("untouched", &to.all(), &[POISON; 4096]);
 }
 
-pub fn inline_payload_may_be_reused_at_once(mut pair: Pair) {
+pub(crate) fn inline_payload_may_be_reused_at_once(mut pair: Pair) {
     if pair.a.device.info().caps.max_inline == 0 {
         println!("the device has no inline sends");
         return;
@@ -234,7 +272,7 @@ pub fn inline_payload_may_be_reused_at_once(mut pair: Pair) {
     same_bytes("destination", &to.all(), &expected);
 }
 
-pub fn read_gathers_exactly(mut pair: Pair) {
+pub(crate) fn read_gathers_exactly(mut pair: Pair) {
     if !pair.a.device.info().caps.read {
         println!("the device serves no reads");
         return;
@@ -253,13 +291,21 @@ pub fn read_gathers_exactly(mut pair: Pair) {
         let mut total = 0;
         for part in 0..count {
             let length = 1 + random.below(slice / 2);
-            sges.push(sge(&here, &local, part * slice + random.below(slice / 2), length));
+            sges.push(sge(
+                &here,
+                &local,
+                part * slice + random.below(slice / 2),
+                length,
+            ));
             total += length;
         }
         let mut from = random.below(there.len() - total);
         let address = there.address() + from as u64;
         for piece in &sges {
-            let (at, length) = ((piece.address - here.address()) as usize, piece.length as usize);
+            let (at, length) = (
+                (piece.address - here.address()) as usize,
+                piece.length as usize,
+            );
             expected[at..at + length].copy_from_slice(&there.read(from, length));
             from += length;
         }
@@ -269,10 +315,14 @@ pub fn read_gathers_exactly(mut pair: Pair) {
         assert_eq!(pair.a.sends().last(), Some(&(round, Status::Success)));
         same_bytes("read memory", &here.all(), &expected);
     }
-    assert!(pair.b.done.is_empty(), "reads are one-sided: {:?}", pair.b.done);
+    assert!(
+        pair.b.done.is_empty(),
+        "reads are one-sided: {:?}",
+        pair.b.done
+    );
 }
 
-pub fn reads_and_writes_mix(mut pair: Pair) {
+pub(crate) fn reads_and_writes_mix(mut pair: Pair) {
     const PAGE: usize = 64 << 10;
     if !pair.a.device.info().caps.read {
         println!("the device serves no reads");
@@ -289,7 +339,10 @@ pub fn reads_and_writes_mix(mut pair: Pair) {
     for page in 0..16usize {
         for opcode in [Opcode::Write, Opcode::Read] {
             let write = opcode == Opcode::Write;
-            let (to, from) = (if write { 16 + page } else { page }, if write { page } else { 16 + page });
+            let (to, from) = (
+                if write { 16 + page } else { page },
+                if write { page } else { 16 + page },
+            );
             let address = there.address() + (to * PAGE) as u64;
             let mut request = request(sges.len() as u64, opcode, address, remote.remote, 1);
             request.first_sge = sges.len() as u32;
@@ -301,6 +354,14 @@ pub fn reads_and_writes_mix(mut pair: Pair) {
     pair.until("reads and writes", |pair| pair.a.sends().len() == 32);
     let wanted: Vec<_> = (0..32).map(|id| (id, Status::Success)).collect();
     assert_eq!(pair.a.sends(), wanted, "completions in order");
-    same_bytes("written", &there.read(16 * PAGE, 16 * PAGE), &here.read(0, 16 * PAGE));
-    same_bytes("read", &here.read(16 * PAGE, 16 * PAGE), &there.read(0, 16 * PAGE));
+    same_bytes(
+        "written",
+        &there.read(16 * PAGE, 16 * PAGE),
+        &here.read(0, 16 * PAGE),
+    );
+    same_bytes(
+        "read",
+        &here.read(16 * PAGE, 16 * PAGE),
+        &there.read(0, 16 * PAGE),
+    );
 }

@@ -59,7 +59,9 @@ fn ping_pong(mut pair: Pair, rounds: usize, length: usize) {
         });
         for round in 1..=rounds {
             a.context.post(lane_a, &[to_b], &[from_a]).expect("ping");
-            drive(&mut a, |a| a.receives().len() >= round && a.sends().len() >= round);
+            drive(&mut a, |a| {
+                a.receives().len() >= round && a.sends().len() >= round
+            });
             a.context.post_receives(lane_a, 1).expect("replenish");
         }
     });
@@ -67,20 +69,22 @@ fn ping_pong(mut pair: Pair, rounds: usize, length: usize) {
     assert!(all_good(&a) && all_good(&b));
 }
 
-pub fn sleeper_wakes_for_a_receive(pair: Pair) {
+pub(crate) fn sleeper_wakes_for_a_receive(pair: Pair) {
     ping_pong(pair, 200, 64);
 }
 
-pub fn sleeper_wakes_for_a_send_completion(pair: Pair) {
+pub(crate) fn sleeper_wakes_for_a_send_completion(pair: Pair) {
     // Long enough that a post fills the socket and goes on when it drains.
     ping_pong(pair, 4, 8 << 20);
 }
 
-pub fn idle_context_sleeps(mut pair: Pair) {
+pub(crate) fn idle_context_sleeps(mut pair: Pair) {
     let (lane, _) = pair.lane(&LANE);
     let write = request(1, Opcode::WriteImm(1), 0, kvpush::fabric::RemoteKey(0), 0);
     pair.a.context.post(lane, &[write], &[]).expect("post");
-    pair.until("an immediate", |pair| pair.a.done.len() == 1 && pair.b.done.len() == 1);
+    pair.until("an immediate", |pair| {
+        pair.a.done.len() == 1 && pair.b.done.len() == 1
+    });
     pair.poll_for(Duration::from_millis(50));
     for end in [&mut pair.a, &mut pair.b] {
         let mut wakes = 0;

@@ -67,7 +67,10 @@ pub(super) struct TcpContext {
 }
 
 impl TcpContext {
-    pub(super) fn new(device: Arc<TcpDevice>, mut listener: TcpListener) -> Result<Self, FabricError> {
+    pub(super) fn new(
+        device: Arc<TcpDevice>,
+        mut listener: TcpListener,
+    ) -> Result<Self, FabricError> {
         let failed = |operation, error: &io::Error| device.error(operation, os_error(error));
         let poll = Poll::new().map_err(|e| failed("epoll_create1", &e))?;
         let timer = Timer::new().map_err(|e| failed("timerfd_create", &e))?;
@@ -108,7 +111,12 @@ impl TcpContext {
         move |error| device.error(operation, os_error(&error))
     }
 
-    fn lane_state(&self, operation: &'static str, lane: LaneId, state: &'static str) -> FabricError {
+    fn lane_state(
+        &self,
+        operation: &'static str,
+        lane: LaneId,
+        state: &'static str,
+    ) -> FabricError {
         let kind = FabricErrorKind::LaneState { lane, state };
         self.device.error(operation, kind)
     }
@@ -218,7 +226,10 @@ impl TcpContext {
     fn add_pending(&mut self, mut stream: TcpStream) {
         if self.pending.len() >= self.device.config().max_pending {
             // The one that has been silent longest makes room; those that named a lane stay.
-            let silent = self.pending.iter().find(|(_, pending)| pending.hello.is_none());
+            let silent = self
+                .pending
+                .iter()
+                .find(|(_, pending)| pending.hello.is_none());
             match silent.map(|(key, _)| *key) {
                 Some(key) => drop(self.pending.remove(&key)),
                 None => return,
@@ -228,7 +239,9 @@ impl TcpContext {
         self.next_pending += 1;
         if let Err(error) = self.tune(&stream).and_then(|()| {
             let interest = Interest::READABLE;
-            self.poll.registry().register(&mut stream, Key(key), interest)
+            self.poll
+                .registry()
+                .register(&mut stream, Key(key), interest)
         }) {
             tracing::debug!(%error, "accepted socket");
             return;
@@ -297,7 +310,10 @@ impl TcpContext {
             return;
         }
         let interest = Interest::READABLE | Interest::WRITABLE;
-        let registered = self.poll.registry().reregister(&mut stream, lane_key(id), interest);
+        let registered = self
+            .poll
+            .registry()
+            .reregister(&mut stream, lane_key(id), interest);
         match registered {
             Ok(()) => lane.adopt(stream, hello),
             Err(error) => lane.fail(Failure::lost(error.raw_os_error().unwrap_or(libc::EIO))),
@@ -309,7 +325,9 @@ impl TcpContext {
         let interest = Interest::READABLE | Interest::WRITABLE;
         let stream = TcpStream::connect(to).and_then(|mut stream| {
             self.tune(&stream)?;
-            self.poll.registry().register(&mut stream, lane_key(id), interest)?;
+            self.poll
+                .registry()
+                .register(&mut stream, lane_key(id), interest)?;
             Ok(stream)
         });
         let stream = match stream {
@@ -328,7 +346,11 @@ impl TcpContext {
         let caps = &self.device.info().caps;
         let limits = [
             ("send depth", config.send_depth, caps.max_send_depth),
-            ("receive depth", config.receive_depth, caps.max_receive_depth),
+            (
+                "receive depth",
+                config.receive_depth,
+                caps.max_receive_depth,
+            ),
             ("gather elements", config.max_sge, caps.max_sge),
             ("inline bytes", config.max_inline, caps.max_inline),
         ];
@@ -397,8 +419,10 @@ impl Context for TcpContext {
         dial: bool,
     ) -> Result<(), FabricError> {
         const OPERATION: &str = "connect_lane";
-        let (port, peer_token) = decode_address(remote)
-            .map_err(|what| self.device.error(OPERATION, FabricErrorKind::BadAddress(what)))?;
+        let (port, peer_token) = decode_address(remote).map_err(|what| {
+            self.device
+                .error(OPERATION, FabricErrorKind::BadAddress(what))
+        })?;
         let Some(state) = self.lanes.get_mut(&lane) else {
             return Err(self.lane_state(OPERATION, lane, "unknown"));
         };
@@ -415,7 +439,9 @@ impl Context for TcpContext {
             let token = state.token;
             // The peer may have dialled first.
             let early = self.pending.iter().find_map(|(key, pending)| {
-                let hello = pending.hello.filter(|hello| same_token(&hello.to, &token))?;
+                let hello = pending
+                    .hello
+                    .filter(|hello| same_token(&hello.to, &token))?;
                 Some((*key, hello))
             });
             if let Some((key, hello)) = early {

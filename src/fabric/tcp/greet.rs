@@ -43,7 +43,11 @@ impl Greeting {
 
     /// Reads what is there, and never past the hello.
     pub(super) fn read(&mut self, stream: &mut TcpStream) -> io::Result<Progress> {
-        while let Some(room) = self.bytes.get_mut(self.have..).filter(|room| !room.is_empty()) {
+        while let Some(room) = self
+            .bytes
+            .get_mut(self.have..)
+            .filter(|room| !room.is_empty())
+        {
             match stream.read(room) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => self.have += n,

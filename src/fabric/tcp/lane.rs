@@ -102,8 +102,7 @@ impl ReceiveQueue {
     /// queue is news to it.
     pub(super) fn credit_due(&self) -> bool {
         let news = self.granted - self.advertised;
-        news > 0
-            && (self.advertised == self.consumed || news >= u64::from(self.depth / 4).max(1))
+        news > 0 && (self.advertised == self.consumed || news >= u64::from(self.depth / 4).max(1))
     }
 }
 
@@ -226,12 +225,22 @@ impl Lane {
         }
     }
 
-    fn settle_fault(&mut self, result: Result<(), Fault>, memory: &mut MemoryView, timing: &Timing) {
+    fn settle_fault(
+        &mut self,
+        result: Result<(), Fault>,
+        memory: &mut MemoryView,
+        timing: &Timing,
+    ) {
         match result {
             Ok(()) => {}
             Err(Fault::Fail(failure)) => self.fail(failure),
             Err(Fault::Refuse { sequence, why }) => {
-                tracing::debug!(lane = self.id.0, sequence, ?why, "refused a request of the peer");
+                tracing::debug!(
+                    lane = self.id.0,
+                    sequence,
+                    ?why,
+                    "refused a request of the peer"
+                );
                 self.phase = Phase::Refusing;
                 self.rnr_deadline = None;
                 self.deadline = Some(Instant::now() + timing.peer);
@@ -265,7 +274,10 @@ impl Lane {
 
     /// The next instant at which [`Lane::expire`] has something to do.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        [self.deadline, self.rnr_deadline].into_iter().flatten().min()
+        [self.deadline, self.rnr_deadline]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Appends completions while `out` is shorter than `limit`.

@@ -136,9 +136,13 @@ impl Registry {
             access,
         };
         let mut table = Table::clone(&state.table);
-        let at = table.local.partition_point(|r| r.keys.local.0 < keys.local.0);
+        let at = table
+            .local
+            .partition_point(|r| r.keys.local.0 < keys.local.0);
         table.local.insert(at, region);
-        let at = table.remote.partition_point(|r| r.keys.remote.0 < keys.remote.0);
+        let at = table
+            .remote
+            .partition_point(|r| r.keys.remote.0 < keys.remote.0);
         table.remote.insert(at, region);
         self.publish(&mut state, table);
         Some(keys)
@@ -182,7 +186,13 @@ impl MemoryView {
 
     /// Whether `[address, address + length)` lies in the registration that local key `key` names, which allows
     /// `intent`.
-    pub(super) fn local(&mut self, key: LocalKey, address: u64, length: u64, intent: Intent) -> bool {
+    pub(super) fn local(
+        &mut self,
+        key: LocalKey,
+        address: u64,
+        length: u64,
+        intent: Intent,
+    ) -> bool {
         self.refresh();
         let table = &self.table.local;
         let found = table.binary_search_by_key(&key.0, |r| r.keys.local.0);
@@ -247,8 +257,11 @@ mod tests {
     fn bounds_use_checked_arithmetic() {
         let registry = Arc::new(Registry::new());
         let mut view = MemoryView::new(Arc::clone(&registry));
-        let keys = registry.insert(0x1000, 0x1000, Access::REMOTE_WRITE).unwrap();
-        let mut ask = |address, length| view.remote(keys.remote.0, address, length, Intent::RemoteWrite);
+        let keys = registry
+            .insert(0x1000, 0x1000, Access::REMOTE_WRITE)
+            .unwrap();
+        let mut ask =
+            |address, length| view.remote(keys.remote.0, address, length, Intent::RemoteWrite);
         assert!(ask(0x1000, 0x1000));
         assert!(ask(0x2000, 0));
         assert!(!ask(0x0fff, 1));

@@ -39,4 +39,3 @@ mod transmit;
 mod wire;
 
 pub use device::{TcpConfig, TcpDevice};
-

@@ -146,7 +146,11 @@ impl Lane {
             // SAFETY: `aim` has just filled the pieces with the lane's own stash and with ranges of live
             // registrations that allow this write; nothing ran in between.
             match unsafe { sys::read_vectored(fd, &self.receiver.pieces) } {
-                Ok(0) => return Err(Fault::Fail(Failure::lost(self.transmitter.broken().unwrap_or(0)))),
+                Ok(0) => {
+                    return Err(Fault::Fail(Failure::lost(
+                        self.transmitter.broken().unwrap_or(0),
+                    )));
+                }
                 Ok(n) => {
                     // epoll(7): a short read of a stream means it is drained; its end makes another event.
                     if n < wanted && !self.hangup {
@@ -199,12 +203,17 @@ impl Lane {
             let Some((op, header)) = receiver.frames.get(index) else {
                 break;
             };
-            let done = if index == receiver.at { receiver.done } else { 0 };
+            let done = if index == receiver.at {
+                receiver.done
+            } else {
+                0
+            };
             let left = header.length.get() - done;
             match op {
                 Op::Write | Op::WriteImm if left > 0 => {
                     let (address, whole) = (header.address.get(), header.remaining.get());
-                    if !memory.remote(header.key.get(), address, whole.into(), Intent::RemoteWrite) {
+                    if !memory.remote(header.key.get(), address, whole.into(), Intent::RemoteWrite)
+                    {
                         fault = Some(Fault::Refuse {
                             sequence: header.sequence.get(),
                             why: Refusal::Access,
@@ -234,7 +243,8 @@ impl Lane {
                     let mut refused = false;
                     let room = &mut receiver.pieces;
                     let aimed = pieces(list, offset + done, left, |sge, address, length| {
-                        refused = !memory.local(sge.key, address, length.into(), Intent::LocalWrite);
+                        refused =
+                            !memory.local(sge.key, address, length.into(), Intent::LocalWrite);
                         let fits = !refused && room.len() < IOV_MAX - 1;
                         if fits {
                             room.push(Iov {
@@ -308,7 +318,12 @@ impl Lane {
         Ok(n)
     }
 
-    fn finish_frame(&mut self, op: Op, header: &Header, memory: &mut MemoryView) -> Result<(), Fault> {
+    fn finish_frame(
+        &mut self,
+        op: Op,
+        header: &Header,
+        memory: &mut MemoryView,
+    ) -> Result<(), Fault> {
         self.take_counters(header)?;
         let sequence = header.sequence.get();
         match op {
@@ -345,15 +360,19 @@ impl Lane {
                 self.count_executed(header);
             }
             Op::ReadResponse => {
-                let expected = self.send.read_in_flight(0).is_some_and(|(number, slot, placed)| {
-                    number == sequence
-                        && slot.request.opcode == Opcode::Read
-                        && slot.length - placed == header.remaining.get()
-                });
+                let expected = self
+                    .send
+                    .read_in_flight(0)
+                    .is_some_and(|(number, slot, placed)| {
+                        number == sequence
+                            && slot.request.opcode == Opcode::Read
+                            && slot.length - placed == header.remaining.get()
+                    });
                 if !expected {
                     return Err(Fault::Fail(Failure::protocol()));
                 }
-                self.send.advance_read(header.length.get(), header.is_last());
+                self.send
+                    .advance_read(header.length.get(), header.is_last());
                 self.transmitter.dirty = true;
             }
             Op::Ack => {}

@@ -141,7 +141,10 @@ impl SendQueue {
         }
         let limit = |what, value, limit| Err(FabricErrorKind::Limit { what, value, limit });
         let (first, count) = (request.first_sge as usize, request.sge_count as usize);
-        let Some(list) = first.checked_add(count).and_then(|end| sges.get(first..end)) else {
+        let Some(list) = first
+            .checked_add(count)
+            .and_then(|end| sges.get(first..end))
+        else {
             let end = u64::from(request.first_sge) + u64::from(request.sge_count);
             return limit("end of the gather list", end, sges.len() as u64);
         };
@@ -201,7 +204,9 @@ impl SendQueue {
 
     /// The next request to transmit.
     pub(super) fn next(&self) -> Option<Slot> {
-        (self.sent < self.tail).then(|| self.slot(self.sent)).flatten()
+        (self.sent < self.tail)
+            .then(|| self.slot(self.sent))
+            .flatten()
     }
 
     fn slot(&self, sequence: u64) -> Option<Slot> {

@@ -77,7 +77,11 @@ fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()> {
             size_of::<i32>() as libc::socklen_t,
         )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Buffer sizes (0 leaves the kernel's tuning on), no Nagle delay, and loss of the peer noticed within about
@@ -91,17 +95,37 @@ pub(super) fn tune_socket(
     let clamp = |value: u128| i32::try_from(value).unwrap_or(i32::MAX);
     let seconds = clamp(u128::from(peer_timeout.as_secs())).max(1);
     if send_buffer > 0 {
-        set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, clamp(send_buffer.into()))?;
+        set_option(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_SNDBUF,
+            clamp(send_buffer.into()),
+        )?;
     }
     if receive_buffer > 0 {
-        set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, clamp(receive_buffer.into()))?;
+        set_option(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUF,
+            clamp(receive_buffer.into()),
+        )?;
     }
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
     let millis = clamp(peer_timeout.as_millis()).max(1);
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, millis)?;
     set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, (seconds / 2).max(1))?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, (seconds / 4).max(1))?;
+    set_option(
+        fd,
+        libc::IPPROTO_TCP,
+        libc::TCP_KEEPIDLE,
+        (seconds / 2).max(1),
+    )?;
+    set_option(
+        fd,
+        libc::IPPROTO_TCP,
+        libc::TCP_KEEPINTVL,
+        (seconds / 4).max(1),
+    )?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 2)
 }
 
@@ -113,7 +137,10 @@ impl Timer {
     pub(super) fn new() -> io::Result<Self> {
         // SAFETY: no pointers.
         let fd = unsafe {
-            libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK | libc::TFD_CLOEXEC)
+            libc::timerfd_create(
+                libc::CLOCK_MONOTONIC,
+                libc::TFD_NONBLOCK | libc::TFD_CLOEXEC,
+            )
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
@@ -127,15 +154,23 @@ impl Timer {
         // A zero value would disarm it.
         let after = after.max(Duration::from_nanos(1));
         let spec = libc::itimerspec {
-            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+            it_interval: libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
             it_value: libc::timespec {
                 tv_sec: after.as_secs().try_into().unwrap_or(libc::time_t::MAX),
                 tv_nsec: after.subsec_nanos().into(),
             },
         };
         // SAFETY: `spec` lives through the call; the old value is not asked for.
-        let rc = unsafe { libc::timerfd_settime(self.0.as_raw_fd(), 0, &spec, std::ptr::null_mut()) };
-        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        let rc =
+            unsafe { libc::timerfd_settime(self.0.as_raw_fd(), 0, &spec, std::ptr::null_mut()) };
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 

@@ -149,13 +149,15 @@ impl Transmitter {
         self.add_responses(memory, requests_wait)?;
         if self.refusal.is_none() {
             self.add_requests(send, memory)?;
-        } else if self.serving.is_empty() && self.has_room() && !self.refused {
-            if let Some((sequence, why)) = self.refusal {
-                let mut header = Header::new(Op::Nak, sequence);
-                header.imm = (why as u32).into();
-                self.headers.push(header);
-                self.refused = true;
-            }
+        } else if let Some((sequence, why)) = self.refusal
+            && self.serving.is_empty()
+            && self.has_room()
+            && !self.refused
+        {
+            let mut header = Header::new(Op::Nak, sequence);
+            header.imm = (why as u32).into();
+            self.headers.push(header);
+            self.refused = true;
         }
         let owes = self.ack_due && self.told < self.executed || receives.credit_due();
         if self.headers.is_empty() && owes {
