@@ -50,6 +50,9 @@ pub enum EndpointError {
     /// A pool's layout does not fit its memory, or is impossible.
     #[error("layout: {0}")]
     Layout(#[from] LayoutError),
+    /// A region token cannot be encoded.
+    #[error(transparent)]
+    Token(#[from] GrantError),
     /// The endpoint has been shut down.
     #[error("the endpoint is shut down")]
     Closed,

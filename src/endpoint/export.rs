@@ -61,11 +61,7 @@ impl Endpoint {
             Ok(token) => token,
             Err(error) => {
                 shared.command(Command::ReleaseExport(record));
-                return Err(EndpointError::Setting {
-                    setting: "advertise",
-                    value: shared.addresses.join(", "),
-                    why: Box::leak(error.to_string().into_boxed_str()),
-                });
+                return Err(error.into());
             }
         };
         if !shared.command(Command::AddExport(Arc::clone(&record))) {

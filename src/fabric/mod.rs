@@ -23,6 +23,7 @@ mod request;
 pub mod sim;
 
 pub mod verbs;
+pub mod tcp;
 
 pub use caps::{Capabilities, DeviceInfo, FabricKind, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};

@@ -114,6 +114,15 @@ impl AccessEntry {
     }
 }
 
+impl Drop for AccessEntry {
+    fn drop(&mut self) {
+        // Also reached when the command that carries it is never looked at, because the driver is gone.
+        self.shared.signal.update(|state| {
+            state.get_or_insert(Err(PeerError::Closed.into()));
+        });
+    }
+}
+
 impl Core {
     pub(super) fn start_access(&mut self, mut access: AccessEntry) {
         self.next_request += 1;

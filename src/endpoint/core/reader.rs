@@ -64,6 +64,15 @@ impl ArrivalEntry {
     }
 }
 
+impl Drop for ArrivalEntry {
+    fn drop(&mut self) {
+        // Also reached when the command that carries it is never looked at, because the driver is gone.
+        self.shared.signal.update(|state| {
+            state.end.get_or_insert(Err(ArrivalError::Peer(PeerError::Closed)));
+        });
+    }
+}
+
 impl Core {
     pub(super) fn add_grant(&mut self, mut entry: ArrivalEntry) {
         entry.machine = ArrivalMachine::new(self.now + entry.valid_for, self.config.revoke_grace);

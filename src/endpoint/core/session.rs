@@ -64,15 +64,15 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn dialled(expected: Incarnation, peer_name: String, untried: Vec<FabricKind>) -> Self {
+    fn new(role: Role, peer_name: String) -> Self {
         Self {
-            role: Role::Dialler,
+            role,
             phase: Phase::Connecting,
             peer: None,
             peer_name,
             lanes: Vec::new(),
-            expected: Some(expected),
-            untried,
+            expected: None,
+            untried: Vec::new(),
             pushes: BTreeSet::new(),
             remote_pools: HashMap::new(),
             next_lane: 0,
@@ -81,12 +81,20 @@ impl Session {
         }
     }
 
+    /// A session that this side opens, expecting `expected` to answer.
+    pub(super) fn dialled(
+        expected: Incarnation,
+        peer_name: String,
+        untried: Vec<FabricKind>,
+    ) -> Self {
+        Self { expected: Some(expected), untried, ..Self::new(Role::Dialler, peer_name) }
+    }
+
+    /// A session that a peer opens.
     pub(super) fn accepted(peer: SocketAddr) -> Self {
         Self {
-            role: Role::Acceptor,
             peer: Some(peer),
-            expected: None,
-            ..Self::dialled(Incarnation::NONE, String::new(), Vec::new())
+            ..Self::new(Role::Acceptor, String::new())
         }
     }
 
@@ -136,7 +144,7 @@ impl Core {
     /// A new connection of our own.
     pub(super) fn allocate_conn(&mut self) -> ConnId {
         self.next_conn += 1;
-        ConnId::dialled(self.next_conn)
+        ConnId(self.next_conn)
     }
 
     /// The rails of `kind` that can be used.

@@ -138,6 +138,18 @@ impl PushEntry {
     }
 }
 
+impl Drop for PushEntry {
+    fn drop(&mut self) {
+        // Also reached when the command that carries it is never looked at, because the driver is gone.
+        let closed = PushPhase::Ended(Err(PushError::Peer(PeerError::Closed)));
+        self.shared.signal.update(|phase| {
+            if !matches!(phase, PushPhase::Ended(_)) {
+                *phase = closed;
+            }
+        });
+    }
+}
+
 impl Core {
     /// A push begins: over the session there is, or a new one.
     pub(super) fn open_push(&mut self, mut push: PushEntry) {

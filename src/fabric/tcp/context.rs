@@ -1,0 +1,560 @@
+//! The data path of the TCP rail: an epoll set over listener, timer and lanes. One thread owns it.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mio::{
+    Events, Interest, Poll, Token as Key,
+    net::{TcpListener, TcpStream},
+    unix::SourceFd,
+};
+
+use super::{
+    super::{
+        Completion, Context, Device, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId,
+        MrId, PostError, Sge, Status, WorkRequest,
+    },
+    device::{TcpDevice, os_error},
+    greet::{Greeting, Pending, Progress},
+    lane::{Lane, Phase, Timing},
+    memory::MemoryView,
+    send::Failure,
+    sys::{self, Timer},
+    wire::{Hello, Token, decode_address, encode_address, same_token},
+};
+
+const LISTENER: Key = Key(0);
+const TIMER: Key = Key(1);
+/// Lanes have the key `LANES + id`, accepted sockets `PENDING + number`.
+const LANES: usize = 2;
+const PENDING: usize = usize::MAX / 2;
+
+/// Most completions of one poll.
+const POLL_COMPLETIONS: usize = 256;
+/// Most lanes serviced by one poll.
+const POLL_LANES: usize = 64;
+/// Most sockets accepted by one poll.
+const POLL_ACCEPTS: usize = 32;
+/// How long the listener rests when the process is out of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// See the module's description.
+#[derive(Debug)]
+pub(super) struct TcpContext {
+    device: Arc<TcpDevice>,
+    timing: Timing,
+    poll: Poll,
+    events: Events,
+    listener: TcpListener,
+    listener_ready: bool,
+    listener_pause: Option<Instant>,
+    timer: Timer,
+    /// When the timer fires.
+    timer_at: Option<Instant>,
+    memory: MemoryView,
+    lanes: HashMap<LaneId, Box<Lane>>,
+    next_lane: u32,
+    /// Lanes with something to do, in turn.
+    ready: VecDeque<LaneId>,
+    pending: BTreeMap<usize, Pending>,
+    next_pending: usize,
+}
+
+impl TcpContext {
+    pub(super) fn new(
+        device: Arc<TcpDevice>,
+        mut listener: TcpListener,
+    ) -> Result<Self, FabricError> {
+        let failed = |operation, error: &io::Error| device.error(operation, os_error(error));
+        let poll = Poll::new().map_err(|e| failed("epoll_create1", &e))?;
+        let timer = Timer::new().map_err(|e| failed("timerfd_create", &e))?;
+        let registry = poll.registry();
+        registry
+            .register(&mut listener, LISTENER, Interest::READABLE)
+            .and_then(|()| {
+                registry.register(&mut SourceFd(&timer.as_raw_fd()), TIMER, Interest::READABLE)
+            })
+            .map_err(|e| failed("epoll_ctl", &e))?;
+        let config = device.config();
+        Ok(Self {
+            timing: Timing {
+                connect: config.connect_timeout,
+                hello: config.hello_timeout,
+                rnr: config.rnr_timeout,
+                peer: config.peer_timeout,
+            },
+            memory: MemoryView::new(Arc::clone(device.registry())),
+            device,
+            poll,
+            events: Events::with_capacity(256),
+            listener,
+            listener_ready: false,
+            listener_pause: None,
+            timer,
+            timer_at: None,
+            lanes: HashMap::new(),
+            next_lane: 1,
+            ready: VecDeque::new(),
+            pending: BTreeMap::new(),
+            next_pending: PENDING,
+        })
+    }
+
+    fn os(&self, operation: &'static str) -> impl Fn(io::Error) -> FabricError + use<> {
+        let device = Arc::clone(&self.device);
+        move |error| device.error(operation, os_error(&error))
+    }
+
+    fn lane_state(
+        &self,
+        operation: &'static str,
+        lane: LaneId,
+        state: &'static str,
+    ) -> FabricError {
+        let kind = FabricErrorKind::LaneState { lane, state };
+        self.device.error(operation, kind)
+    }
+
+    /// Makes sure that the timer fires no later than `at`.
+    fn schedule(&mut self, at: Option<Instant>) {
+        let Some(at) = at else { return };
+        if self.timer_at.is_none_or(|current| at < current) {
+            self.timer_at = Some(at);
+            if let Err(error) = self.timer.set(at.saturating_duration_since(Instant::now())) {
+                // Only possible with an invalid descriptor or time; deadlines are then found by later polls.
+                tracing::warn!(%error, "timerfd_settime");
+            }
+        }
+    }
+
+    fn enqueue(&mut self, id: LaneId) {
+        if let Some(lane) = self.lanes.get_mut(&id).filter(|lane| !lane.queued) {
+            lane.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Learns what became ready.
+    fn gather_events(&mut self) -> Result<(), FabricError> {
+        match self.poll.poll(&mut self.events, Some(Duration::ZERO)) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) => return Err(self.os("epoll_wait")(error)),
+        }
+        let mut events = std::mem::replace(&mut self.events, Events::with_capacity(0));
+        for event in &events {
+            match event.token() {
+                LISTENER => self.listener_ready = true,
+                TIMER => {}
+                Key(key) if key >= PENDING => self.read_pending(key),
+                Key(key) => {
+                    let Ok(id) = u32::try_from(key - LANES) else {
+                        continue;
+                    };
+                    let id = LaneId(id);
+                    let Some(lane) = self.lanes.get_mut(&id) else {
+                        continue;
+                    };
+                    let closed = event.is_read_closed() || event.is_error();
+                    lane.readable |= event.is_readable() || closed;
+                    lane.writable |= event.is_writable() || event.is_error();
+                    lane.hangup |= closed;
+                    self.enqueue(id);
+                }
+            }
+        }
+        events.clear();
+        self.events = events;
+        Ok(())
+    }
+
+    /// Handles deadlines if the timer should have fired.
+    fn expire(&mut self) {
+        let Some(at) = self.timer_at else { return };
+        let now = Instant::now();
+        if now < at {
+            return;
+        }
+        self.timer_at = None;
+        if self.listener_pause.is_some_and(|until| until <= now) {
+            self.listener_pause = None;
+            self.listener_ready = true;
+        }
+        self.pending.retain(|_, pending| pending.deadline > now);
+        let mut next = self.pending.values().map(|pending| pending.deadline).min();
+        next = [next, self.listener_pause].into_iter().flatten().min();
+        let mut due = Vec::new();
+        for lane in self.lanes.values_mut() {
+            if lane.next_deadline().is_some_and(|deadline| deadline <= now) {
+                lane.expire(now);
+                due.push(lane.id);
+            }
+            next = [next, lane.next_deadline()].into_iter().flatten().min();
+        }
+        for id in due {
+            self.enqueue(id);
+        }
+        self.schedule(next);
+    }
+
+    fn accept(&mut self) {
+        for _ in 0..POLL_ACCEPTS {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.add_pending(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.listener_ready = false;
+                    return;
+                }
+                Err(error) => {
+                    // The connection died in the queue (accept(2)), or there are no descriptors: rest, then go on.
+                    tracing::debug!(%error, "accept");
+                    self.listener_ready = false;
+                    self.listener_pause = Some(Instant::now() + ACCEPT_PAUSE);
+                    self.schedule(self.listener_pause);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn add_pending(&mut self, mut stream: TcpStream) {
+        if self.pending.len() >= self.device.config().max_pending {
+            // The one that has been silent longest makes room; those that named a lane stay.
+            let silent = self
+                .pending
+                .iter()
+                .find(|(_, pending)| pending.hello.is_none());
+            match silent.map(|(key, _)| *key) {
+                Some(key) => drop(self.pending.remove(&key)),
+                None => return,
+            }
+        }
+        let key = self.next_pending;
+        self.next_pending += 1;
+        if let Err(error) = self.tune(&stream).and_then(|()| {
+            let interest = Interest::READABLE;
+            self.poll
+                .registry()
+                .register(&mut stream, Key(key), interest)
+        }) {
+            tracing::debug!(%error, "accepted socket");
+            return;
+        }
+        let deadline = Instant::now() + self.timing.hello;
+        let pending = Pending {
+            stream,
+            greeting: Greeting::new(),
+            hello: None,
+            deadline,
+        };
+        self.pending.insert(key, pending);
+        self.schedule(Some(deadline));
+        self.read_pending(key);
+    }
+
+    fn tune(&self, stream: &TcpStream) -> io::Result<()> {
+        let config = self.device.config();
+        let (send, receive) = (config.send_buffer, config.receive_buffer);
+        sys::tune_socket(stream.as_raw_fd(), send, receive, config.peer_timeout)
+    }
+
+    fn read_pending(&mut self, key: usize) {
+        let Some(pending) = self.pending.get_mut(&key) else {
+            return;
+        };
+        if pending.hello.is_some() {
+            // More bytes, or the end; the lane will read them.
+            return;
+        }
+        let hello = match pending.greeting.read(&mut pending.stream) {
+            Ok(Progress::Partial) => return,
+            Ok(Progress::Done(hello)) => hello,
+            Ok(Progress::Refused) | Err(_) => {
+                self.pending.remove(&key);
+                return;
+            }
+        };
+        pending.hello = Some(hello);
+        // Every lane is compared, so that time tells nothing about the tokens.
+        let mut named = None;
+        for lane in self.lanes.values() {
+            let waits = matches!(lane.phase, Phase::Idle | Phase::Awaiting);
+            if same_token(&lane.token, &hello.to) & waits {
+                named = Some((lane.id, lane.phase));
+            }
+        }
+        match named {
+            // This side has not connected its lane yet; connect_lane will look here.
+            Some((_, Phase::Idle)) => {}
+            Some((id, _)) => self.adopt(id, key, &hello),
+            None => drop(self.pending.remove(&key)),
+        }
+    }
+
+    /// Gives the accepted socket to the lane it names, if the peer is the one that was announced.
+    fn adopt(&mut self, id: LaneId, key: usize, hello: &Hello) {
+        let Some(pending) = self.pending.remove(&key) else {
+            return;
+        };
+        let mut stream = pending.stream;
+        let Some(lane) = self.lanes.get_mut(&id) else {
+            return;
+        };
+        if !same_token(&lane.peer_token, &hello.from) {
+            return;
+        }
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let registered = self
+            .poll
+            .registry()
+            .reregister(&mut stream, lane_key(id), interest);
+        match registered {
+            Ok(()) => lane.adopt(stream, hello),
+            Err(error) => lane.fail(Failure::lost(error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+        self.enqueue(id);
+    }
+
+    fn dial(&mut self, id: LaneId, to: SocketAddr, deadline: Instant) -> Result<(), FabricError> {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let stream = TcpStream::connect(to).and_then(|mut stream| {
+            self.tune(&stream)?;
+            self.poll
+                .registry()
+                .register(&mut stream, lane_key(id), interest)?;
+            Ok(stream)
+        });
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => return Err(self.os("connect")(error)),
+        };
+        if let Some(lane) = self.lanes.get_mut(&id) {
+            lane.stream = Some(stream);
+            lane.phase = Phase::Connecting;
+            lane.deadline = Some(deadline);
+        }
+        Ok(())
+    }
+
+    fn check_config(&self, config: &LaneConfig) -> Result<(), FabricError> {
+        let caps = &self.device.info().caps;
+        let limits = [
+            ("send depth", config.send_depth, caps.max_send_depth),
+            (
+                "receive depth",
+                config.receive_depth,
+                caps.max_receive_depth,
+            ),
+            ("gather elements", config.max_sge, caps.max_sge),
+            ("inline bytes", config.max_inline, caps.max_inline),
+        ];
+        for (what, value, limit) in limits {
+            if value > limit {
+                let (value, limit) = (value.into(), limit.into());
+                let kind = FabricErrorKind::Limit { what, value, limit };
+                return Err(self.device.error("create_lane", kind));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lane_key(id: LaneId) -> Key {
+    Key(LANES + id.0 as usize)
+}
+
+impl Context for TcpContext {
+    fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
+        let Some(region) = self.memory.remove(mr) else {
+            let kind = FabricErrorKind::Memory(format!("no registration {}", mr.0));
+            return Err(self.device.error("deregister", kind));
+        };
+        // Frames that arrive for it are refused from here on. A train that is being sent from it must not go on.
+        let mut failed = Vec::new();
+        for lane in self.lanes.values_mut() {
+            if lane.stream.is_some() && lane.transmitter.touches(&region) {
+                lane.fail(Failure::new(Status::LocalProtection));
+                failed.push(lane.id);
+            }
+        }
+        for id in failed {
+            self.enqueue(id);
+        }
+        Ok(())
+    }
+
+    fn create_lane(&mut self, config: &LaneConfig) -> Result<(LaneId, LaneAddress), FabricError> {
+        self.check_config(config)?;
+        let id = LaneId(self.next_lane);
+        let Some(next) = self.next_lane.checked_add(1) else {
+            let kind = FabricErrorKind::Unavailable("all lane numbers have been used".into());
+            return Err(self.device.error("create_lane", kind));
+        };
+        let mut token: Token = [0; 16];
+        if let Err(error) = getrandom::fill(&mut token) {
+            let kind = FabricErrorKind::Unavailable(format!("random numbers: {error}"));
+            return Err(self.device.error("create_lane", kind));
+        }
+        let Some(address) = encode_address(self.device.local_addr().port(), &token) else {
+            let kind = FabricErrorKind::BadAddress("too long");
+            return Err(self.device.error("create_lane", kind));
+        };
+        self.next_lane = next;
+        let lane = Lane::new(id, token, config, self.device.info().caps.max_message);
+        self.lanes.insert(id, Box::new(lane));
+        Ok((id, address))
+    }
+
+    fn connect_lane(
+        &mut self,
+        lane: LaneId,
+        remote: &LaneAddress,
+        host: IpAddr,
+        dial: bool,
+    ) -> Result<(), FabricError> {
+        const OPERATION: &str = "connect_lane";
+        let (port, peer_token) = decode_address(remote).map_err(|what| {
+            self.device
+                .error(OPERATION, FabricErrorKind::BadAddress(what))
+        })?;
+        let Some(state) = self.lanes.get_mut(&lane) else {
+            return Err(self.lane_state(OPERATION, lane, "unknown"));
+        };
+        if state.phase != Phase::Idle {
+            return Err(self.lane_state(OPERATION, lane, "connected already"));
+        }
+        let deadline = Instant::now() + self.timing.connect;
+        state.peer_token = peer_token;
+        if dial {
+            self.dial(lane, SocketAddr::new(host, port), deadline)?;
+        } else {
+            state.deadline = Some(deadline);
+            state.phase = Phase::Awaiting;
+            let token = state.token;
+            // The peer may have dialled first.
+            let early = self.pending.iter().find_map(|(key, pending)| {
+                let hello = pending
+                    .hello
+                    .filter(|hello| same_token(&hello.to, &token))?;
+                Some((*key, hello))
+            });
+            if let Some((key, hello)) = early {
+                self.adopt(lane, key, &hello);
+            }
+        }
+        self.schedule(Some(deadline));
+        Ok(())
+    }
+
+    fn post(
+        &mut self,
+        lane: LaneId,
+        requests: &[WorkRequest],
+        sges: &[Sge],
+    ) -> Result<(), PostError> {
+        let refuse = |posted, source| Err(PostError { posted, source });
+        let Some(state) = self.lanes.get_mut(&lane) else {
+            return refuse(0, self.lane_state("post", lane, "unknown"));
+        };
+        if state.phase == Phase::Idle {
+            return refuse(0, self.lane_state("post", lane, "not connected"));
+        }
+        let mut outcome = Ok(());
+        for (posted, request) in requests.iter().enumerate() {
+            if let Err(kind) = state.send.push(request, sges, &mut self.memory) {
+                outcome = refuse(posted, self.device.error("post", kind));
+                break;
+            }
+        }
+        state.flush_posted(&mut self.memory, &self.timing);
+        let (deadline, work) = (state.next_deadline(), state.has_work());
+        self.schedule(deadline);
+        if work {
+            self.enqueue(lane);
+        }
+        outcome
+    }
+
+    fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {
+        let Some(state) = self.lanes.get_mut(&lane) else {
+            return Err(self.lane_state("post_receives", lane, "unknown"));
+        };
+        if let Err(depth) = state.receives.post(count) {
+            let queue = "receive queue";
+            let kind = FabricErrorKind::QueueFull { queue, depth };
+            return Err(self.device.error("post_receives", kind));
+        }
+        if state.receives.credit_due() || state.failure.is_some() {
+            state.flush_posted(&mut self.memory, &self.timing);
+            let (deadline, work) = (state.next_deadline(), state.has_work());
+            self.schedule(deadline);
+            if work {
+                self.enqueue(lane);
+            }
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
+        let limit = out.len() + POLL_COMPLETIONS;
+        self.gather_events()?;
+        self.expire();
+        if self.listener_ready {
+            self.accept();
+        }
+        for _ in 0..self.ready.len().min(POLL_LANES) {
+            if out.len() >= limit {
+                break;
+            }
+            let Some(id) = self.ready.pop_front() else {
+                break;
+            };
+            let Some(lane) = self.lanes.get_mut(&id) else {
+                continue;
+            };
+            lane.queued = false;
+            lane.service(&mut self.memory, &self.timing);
+            lane.take_completions(out, limit);
+            let (deadline, work) = (lane.next_deadline(), lane.has_work());
+            self.schedule(deadline);
+            if work {
+                self.enqueue(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self) -> Result<bool, FabricError> {
+        // What became ready since the last poll keeps the descriptor readable, so nothing else can be missed.
+        Ok(self.ready.is_empty() && !self.listener_ready)
+    }
+
+    fn wait_fd(&self) -> RawFd {
+        self.poll.as_raw_fd()
+    }
+
+    fn fence_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        let Some(state) = self.lanes.get_mut(&lane) else {
+            return Err(self.lane_state("fence_lane", lane, "unknown"));
+        };
+        state.fail(Failure::new(Status::Flushed));
+        if state.has_work() {
+            self.enqueue(lane);
+        }
+        Ok(())
+    }
+
+    fn destroy_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        match self.lanes.remove(&lane) {
+            // Closes the socket. A stale place in the ready list is skipped.
+            Some(_) => Ok(()),
+            None => Err(self.lane_state("destroy_lane", lane, "unknown")),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The conformance suite: what every fabric must do, written against the traits only.
+//!
+//! Each case takes a fresh [`harness::Pair`] of devices. A fabric joins by a factory in `factories.rs` and one line of
+//! [`suite!`] here. `KVPUSH_TEST_FABRIC=tcp|sim|verbs` runs one fabric only; without it all in-process fabrics run, and
+//! verbs runs where `KVPUSH_REQUIRE_RXE=1` says that a soft-RoCE device must be there.
+//! Random cases print their seed; `KVPUSH_SEED` replays one.
+
+#[path = "fabric_suite/access.rs"]
+mod access;
+#[path = "fabric_suite/checker.rs"]
+mod checker;
+#[path = "fabric_suite/factories.rs"]
+mod factories;
+#[path = "fabric_suite/faults.rs"]
+mod faults;
+#[path = "fabric_suite/harness.rs"]
+mod harness;
+#[path = "fabric_suite/queues.rs"]
+mod queues;
+#[path = "fabric_suite/transfers.rs"]
+mod transfers;
+#[path = "fabric_suite/waiting.rs"]
+mod waiting;
+
+/// One `#[test]` for each case and the fabric made by `$factory`.
+macro_rules! suite {
+    ($fabric:ident, $factory:path; $($module:ident :: $case:ident),* $(,)?) => {
+        mod $fabric {
+            $(
+                #[test]
+                fn $case() {
+                    let _shared = crate::harness::descriptors_may_change();
+                    if let Some(pair) = $factory() {
+                        crate::$module::$case(pair);
+                    }
+                }
+            )*
+
+            #[test]
+            fn descriptors_do_not_leak() {
+                let _alone = crate::harness::descriptors_are_mine();
+                if let Some(pair) = $factory() {
+                    crate::faults::descriptors_do_not_leak(pair);
+                }
+            }
+        }
+    };
+}
+
+/// All cases for one fabric.
+macro_rules! all_cases {
+    ($fabric:ident, $factory:path) => {
+        suite!($fabric, $factory;
+            transfers::scattered_write_lands_exactly,
+            transfers::immediate_follows_earlier_writes,
+            transfers::many_lanes_at_once,
+            transfers::both_directions_at_once,
+            transfers::zero_length_immediate,
+            transfers::inline_payload_may_be_reused_at_once,
+            transfers::read_gathers_exactly,
+            transfers::reads_and_writes_mix,
+            queues::only_signaled_requests_complete,
+            queues::full_queue_says_how_many_were_posted,
+            queues::immediate_waits_for_a_receive,
+            queues::receives_beyond_depth_are_refused,
+            queues::limits_are_enforced,
+            access::unknown_key_is_refused,
+            access::range_beyond_registration_is_refused,
+            access::wrapping_range_is_refused,
+            access::write_to_local_memory_is_refused,
+            access::read_of_write_only_memory_is_refused,
+            access::deregistered_key_is_refused,
+            access::foreign_local_key_is_refused,
+            access::refusal_keeps_earlier_writes,
+            faults::fence_stops_a_stream,
+            faults::fence_flushes_in_order,
+            faults::unsignaled_failure_completes,
+            faults::destroyed_peer_is_noticed,
+            faults::unknown_lane_is_an_error,
+            waiting::sleeper_wakes_for_a_receive,
+            waiting::sleeper_wakes_for_a_send_completion,
+            waiting::idle_context_sleeps,
+        );
+    };
+}
+
+all_cases!(tcp, crate::factories::tcp_pair);
+// Further fabrics: `all_cases!(sim, crate::factories::sim_pair);`, `all_cases!(verbs, crate::factories::verbs_pair);`

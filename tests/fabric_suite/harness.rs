@@ -1,0 +1,293 @@
+//! Two ends, their memory, and waiting with a time limit.
+
+use std::{
+    alloc::{Layout, alloc, dealloc},
+    net::IpAddr,
+    sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Duration, Instant},
+};
+
+use kvpush::fabric::{
+    Access, Completion, CompletionKind, Context, Device, LaneConfig, LaneId, MemoryKeys, Opcode,
+    RemoteKey, Sge, Status, WorkRequest,
+};
+
+/// Longest wait for something that must happen; generous, because guests under emulation are slow.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+static DESCRIPTORS: RwLock<()> = RwLock::new(());
+
+/// Held by every test that opens and closes descriptors.
+pub(crate) fn descriptors_may_change() -> RwLockReadGuard<'static, ()> {
+    DESCRIPTORS.read().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Held by a test that counts the descriptors of the process.
+pub(crate) fn descriptors_are_mine() -> RwLockWriteGuard<'static, ()> {
+    DESCRIPTORS.write().unwrap_or_else(|e| e.into_inner())
+}
+
+/// A block of memory that is accessed only through raw pointers, as registered memory must be.
+pub(crate) struct Memory {
+    base: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: plain memory without thread affinity; accesses copy bytes through raw pointers.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    pub(crate) fn new(length: usize, fill: u8) -> Self {
+        let layout = Layout::from_size_align(length, 4096).expect("layout");
+        // SAFETY: the size is not zero in any test.
+        let base = unsafe { alloc(layout) };
+        assert!(!base.is_null());
+        let memory = Self { base, layout };
+        memory.write(0, &vec![fill; length]);
+        memory
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.base.expose_provenance() as u64
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.layout.size()
+    }
+
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.len());
+        // SAFETY: in bounds (asserted); the source is not this block.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(offset), bytes.len());
+        }
+    }
+
+    pub(crate) fn read(&self, offset: usize, length: usize) -> Vec<u8> {
+        assert!(offset + length <= self.len());
+        let mut bytes = vec![0; length];
+        // SAFETY: in bounds (asserted); the destination is not this block.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base.add(offset), bytes.as_mut_ptr(), length);
+        }
+        bytes
+    }
+
+    pub(crate) fn all(&self) -> Vec<u8> {
+        self.read(0, self.len())
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { dealloc(self.base, self.layout) };
+    }
+}
+
+/// One side: its data path and the completions that were polled and not yet taken.
+pub(crate) struct End {
+    pub context: Box<dyn Context>,
+    pub device: Arc<dyn Device>,
+    pub done: Vec<Completion>,
+    pub host: IpAddr,
+}
+
+impl End {
+    fn new(device: Arc<dyn Device>, host: IpAddr) -> Self {
+        let context = Arc::clone(&device)
+            .open_context(4096)
+            .expect("open a context");
+        Self {
+            context,
+            device,
+            done: Vec::new(),
+            host,
+        }
+    }
+
+    pub(crate) fn register(&self, memory: &Memory, access: Access) -> MemoryKeys {
+        self.register_part(memory, 0, memory.len(), access)
+    }
+
+    pub(crate) fn register_part(
+        &self,
+        memory: &Memory,
+        offset: usize,
+        length: usize,
+        access: Access,
+    ) -> MemoryKeys {
+        assert!(offset + length <= memory.len());
+        // SAFETY: the block outlives the pair in every test (declared before it is used, dropped by the case after
+        // the pair's last poll), and is accessed only by raw pointers.
+        unsafe {
+            self.device
+                .register(memory.address() + offset as u64, length as u64, access)
+        }
+        .expect("register")
+    }
+
+    pub(crate) fn poll(&mut self) {
+        self.context.poll(&mut self.done).expect("poll");
+    }
+
+    /// The completions so far of sends, in order.
+    pub(crate) fn sends(&self) -> Vec<(u64, Status)> {
+        let sends = self.done.iter().filter_map(|c| match c.kind {
+            CompletionKind::Sent { id } => Some((id, c.status)),
+            CompletionKind::Received { .. } => None,
+        });
+        sends.collect()
+    }
+
+    /// The completions so far of receives, in order.
+    pub(crate) fn receives(&self) -> Vec<(u32, Status)> {
+        let receives = self.done.iter().filter_map(|c| match c.kind {
+            CompletionKind::Received { imm } => Some((imm, c.status)),
+            CompletionKind::Sent { .. } => None,
+        });
+        receives.collect()
+    }
+}
+
+/// Two ends that reach each other.
+pub(crate) struct Pair {
+    pub a: End,
+    pub b: End,
+}
+
+impl Pair {
+    pub(crate) fn new(
+        a: Arc<dyn Device>,
+        b: Arc<dyn Device>,
+        host_a: IpAddr,
+        host_b: IpAddr,
+    ) -> Self {
+        Self {
+            a: End::new(a, host_a),
+            b: End::new(b, host_b),
+        }
+    }
+
+    /// Creates a lane on both ends and connects it; `a` dials.
+    pub(crate) fn lane(&mut self, config: &LaneConfig) -> (LaneId, LaneId) {
+        let (a, at_a) = self.a.context.create_lane(config).expect("create a lane");
+        let (b, at_b) = self.b.context.create_lane(config).expect("create a lane");
+        let (host_a, host_b) = (self.a.host, self.b.host);
+        let accept = self.b.context.connect_lane(b, &at_a, host_a, false);
+        accept.expect("accept");
+        self.a
+            .context
+            .connect_lane(a, &at_b, host_b, true)
+            .expect("dial");
+        (a, b)
+    }
+
+    pub(crate) fn poll(&mut self) {
+        self.a.poll();
+        self.b.poll();
+    }
+
+    /// Polls both ends until `done`, or fails the test.
+    pub(crate) fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        let start = Instant::now();
+        let mut idle = 0;
+        while !done(self) {
+            let before = self.a.done.len() + self.b.done.len();
+            self.poll();
+            idle = if before == self.a.done.len() + self.b.done.len() {
+                idle + 1
+            } else {
+                0
+            };
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{what}: not within {PATIENCE:?}; a {:?}, b {:?}",
+                self.a.done,
+                self.b.done
+            );
+            if idle > 100 {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+    }
+
+    /// Polls both ends for `time`.
+    pub(crate) fn poll_for(&mut self, time: Duration) {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            self.poll();
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+/// The lanes of most cases.
+pub(crate) const LANE: LaneConfig = LaneConfig {
+    send_depth: 64,
+    receive_depth: 16,
+    max_sge: 4,
+    max_inline: 64,
+};
+
+/// A request with its whole gather list.
+pub(crate) fn request(
+    id: u64,
+    opcode: Opcode,
+    to: u64,
+    key: RemoteKey,
+    sge_count: u32,
+) -> WorkRequest {
+    WorkRequest {
+        id,
+        opcode,
+        remote_address: to,
+        remote_key: key,
+        first_sge: 0,
+        sge_count,
+        signaled: true,
+        inline: false,
+    }
+}
+
+/// `length` bytes of `memory` from `offset`.
+pub(crate) fn sge(memory: &Memory, keys: &MemoryKeys, offset: usize, length: usize) -> Sge {
+    assert!(offset + length <= memory.len());
+    Sge {
+        address: memory.address() + offset as u64,
+        length: length as u32,
+        key: keys.local,
+    }
+}
+
+/// A small generator (xorshift64*, Vigna 2016) whose seed is printed.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(case: &str) -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let fresh = now.map_or(1, |d| d.as_nanos() as u64);
+        let seed = match std::env::var("KVPUSH_SEED") {
+            Ok(text) => text.parse().expect("KVPUSH_SEED is a number"),
+            Err(_) => fresh,
+        };
+        println!("{case}: KVPUSH_SEED={seed}");
+        Self(seed | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `bound`.
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (self.next() >> 16) as usize % bound
+    }
+
+    pub(crate) fn bytes(&mut self, length: usize) -> Vec<u8> {
+        (0..length).map(|_| (self.next() >> 32) as u8).collect()
+    }
+}
