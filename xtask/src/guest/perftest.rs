@@ -50,7 +50,7 @@ pub(crate) fn two_guests(machine: &Machine) -> Result<(Outcome, Bandwidth)> {
     let outcomes = super::run(
         "perftest-pair",
         machine,
-        Guest::pair(client, server)?.into(),
+        Guest::pair(1, client, server)?.into(),
     )?;
     outcomes.iter().try_for_each(Outcome::success)?;
     read(outcomes.into_iter().next().context("no outcome")?)

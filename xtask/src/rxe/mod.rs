@@ -26,6 +26,7 @@ OPTIONS
     --guests 1|2|both    How many guests [default: both; 1 with a command or a script]
                            1: devices rxe0 (10.78.0.1) and rxe1 (10.78.0.2), joined by a virtual cable
                            2: guests a (10.77.0.1) and b (10.77.0.2), each with a device rxe0, joined by a network
+    --rails N            Networks between two guests, each with an RDMA device (rxe0, rxe1, …) [default: 1]
     --perftest           Measure with perftest's ib_write_bw
     --release            Build tests and kvpush-bench with --release
     --timeout SECONDS    For each guest, from power-on to power-off [default: 1200]
@@ -80,6 +81,7 @@ struct Options {
     timeout: Option<u64>,
     memory_mib: Option<u32>,
     cpus: Option<u32>,
+    rails: Option<u8>,
 }
 
 impl Options {
@@ -112,6 +114,9 @@ impl Options {
                     options.memory_mib = Some(value()?.parse().context("--memory takes MiB")?)
                 }
                 "--cpus" => options.cpus = Some(value()?.parse().context("--cpus takes a number")?),
+                "--rails" => {
+                    options.rails = Some(value()?.parse().context("--rails takes a number")?)
+                }
                 "--" => options.command = Some(args.by_ref().cloned().collect()),
                 other => bail!("unknown option {other:?}; see `cargo xtask rxe --help`"),
             }
@@ -124,10 +129,17 @@ impl Options {
         if tasks.into_iter().filter(|task| *task).count() > 1 {
             bail!("--perftest, --shell-script and a command exclude each other");
         }
+        if options.rails == Some(0) {
+            bail!("two guests are joined by at least one rail");
+        }
         if options.command.as_ref().is_some_and(Vec::is_empty) {
             bail!("a command should follow `--`");
         }
         Ok(options)
+    }
+
+    fn rails(&self) -> usize {
+        self.rails.unwrap_or(1).into()
     }
 
     /// Applies what was asked for guests in general.
@@ -211,7 +223,8 @@ fn run_script(options: &Options, script: &str) -> Result<()> {
         )?);
     }
     if guests.two() {
-        let pair = Guest::pair(script, script)?.map(|guest| options.configure(guest));
+        let pair =
+            Guest::pair(options.rails(), script, script)?.map(|guest| options.configure(guest));
         outcomes.extend(guest::run("script-pair", &machine, pair.into())?);
     }
     report(&outcomes)
@@ -262,6 +275,7 @@ mod tests {
             "--",
             "--perftest -- ls",
             "--timeout soon",
+            "--rails 0",
             "ls",
         ] {
             assert!(parse(line).is_err(), "{line}");

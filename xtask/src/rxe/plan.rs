@@ -58,7 +58,7 @@ pub(super) fn suites_in_one_guest(options: &Options, machine: &Machine) -> Resul
 pub(super) fn bench_between_two_guests(options: &Options, machine: &Machine) -> Result<()> {
     let bench = artifacts::binary("kvpush-bench", options.release)?;
     let bench = quote(&bench.path.to_string_lossy());
-    let [a, b] = Guest::pair(bench_push(&bench), bench_serve(&bench))?;
+    let [a, b] = Guest::pair(options.rails(), bench_push(&bench), bench_serve(&bench))?;
     let guests = vec![options.configure(a), options.configure(b.server())];
     let outcomes = guest::run("bench-pair", machine, guests)?;
     report(&outcomes)?;
