@@ -224,11 +224,11 @@ impl RemoteRegion {
     }
 }
 
-async fn finished(shared: &AccessShared) -> Result<(), AccessError> {
+async fn finished(shared: &Arc<AccessShared>) -> Result<(), AccessError> {
     poll_fn(|context| shared.signal.poll(context, Clone::clone)).await
 }
 
-fn wait(shared: &AccessShared) -> Result<(), AccessError> {
+fn wait(shared: &Arc<AccessShared>) -> Result<(), AccessError> {
     // The driver answers by the deadline, or when the endpoint is closed.
     shared.signal.wait(None, Clone::clone).unwrap_or(Err(AccessError::Expired))
 }

@@ -61,6 +61,12 @@ pub trait Device: Send + Sync {
     ) -> Result<Box<dyn Context>, FabricError>;
 }
 
+impl std::fmt::Debug for dyn Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Device").field(self.info()).finish()
+    }
+}
+
 /// The data path of one rail. One thread owns it; nothing here blocks.
 pub trait Context: Send {
     /// Ends a registration. No lane may have requests in flight that use it; afterwards no peer can reach it.

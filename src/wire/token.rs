@@ -117,9 +117,8 @@ impl RegionToken {
         &self.fields.nonce
     }
 
-    /// Bytes of the region; `is_empty` would mean nothing for a right.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> u64 {
+    /// Bytes of the region.
+    pub fn length(&self) -> u64 {
         self.fields.length
     }
 
@@ -152,7 +151,7 @@ impl fmt::Display for RegionToken {
             "region {} of {}: {} bytes, {access}",
             self.region(),
             self.issuer(),
-            self.len(),
+            self.length(),
         )
     }
 }
@@ -163,7 +162,7 @@ impl fmt::Debug for RegionToken {
             .field("issuer", &self.issuer())
             .field("addresses", &self.addresses())
             .field("region", &self.region())
-            .field("length", &self.len())
+            .field("length", &self.length())
             .field("read", &self.can_read())
             .field("write", &self.can_write())
             .finish_non_exhaustive()

@@ -21,7 +21,7 @@ use compile::LayerPlan;
 use emit::Emitter;
 
 /// What one write may be at most: the least of what the devices on its way allow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PlanLimits {
     /// Source runs of one write (scatter/gather elements; `max_sge` of `ibv_query_device(3)`), at least 1.
     pub max_sge: u32,

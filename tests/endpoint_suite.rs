@@ -1,0 +1,76 @@
+//! The endpoint suite: the whole library through its public interface, the same over every fabric.
+//!
+//! `KVPUSH_TEST_FABRIC=sim|tcp|verbs` runs one fabric only; without it the in-process fabrics run, and verbs runs where
+//! `KVPUSH_REQUIRE_RXE=1` says that a soft-RoCE device must be there. Random cases print their seed; `KVPUSH_SEED`
+//! replays one.
+
+#[path = "endpoint_suite/access.rs"]
+mod access;
+#[path = "endpoint_suite/fixture.rs"]
+mod fixture;
+#[path = "endpoint_suite/inputs.rs"]
+mod inputs;
+#[path = "endpoint_suite/lifecycle.rs"]
+mod lifecycle;
+#[path = "endpoint_suite/mover.rs"]
+mod mover;
+#[path = "endpoint_suite/transfers.rs"]
+mod transfers;
+
+/// One `#[test]` for each case over one fabric.
+macro_rules! suite {
+    ($fabric:ident: $($module:ident :: $case:ident),* $(,)?) => {
+        mod $fabric {
+            $(
+                #[test]
+                fn $case() {
+                    if let Some(fabric) = crate::fixture::Fabric::$fabric() {
+                        crate::$module::$case(&fabric);
+                    }
+                }
+            )*
+        }
+    };
+}
+
+macro_rules! all_cases {
+    ($fabric:ident) => {
+        suite!($fabric:
+            transfers::a_push_arrives_whole,
+            transfers::layers_become_ready_one_by_one,
+            transfers::chunks_arrive_in_any_order,
+            transfers::random_layouts_arrive_exactly,
+            transfers::shards_of_other_degrees_get_their_heads,
+            transfers::a_latent_cache_arrives,
+            transfers::more_parts_than_receives,
+            transfers::many_pushes_at_once,
+            transfers::both_ways_at_once,
+            transfers::futures_of_any_runtime,
+            inputs::wrong_grants_are_not_issued,
+            inputs::wrong_pages_are_not_pushed,
+            inputs::pools_that_do_not_match,
+            inputs::damaged_and_foreign_grants,
+            inputs::a_grant_is_used_once,
+            inputs::memory_too_short_or_unregistered,
+            inputs::another_key_is_refused,
+            inputs::nobody_there,
+            lifecycle::revoked_before_it_is_opened,
+            lifecycle::revoked_in_the_middle,
+            lifecycle::expired_in_the_middle,
+            lifecycle::cancelled_by_the_writer,
+            lifecycle::dropped_by_the_writer,
+            lifecycle::dropped_by_the_reader,
+            lifecycle::a_restarted_reader_refuses_old_grants,
+            lifecycle::a_lost_writer_ends_the_arrival,
+            lifecycle::a_lost_reader_ends_the_push,
+            lifecycle::shutdown_answers_everyone,
+            lifecycle::nothing_is_left_behind,
+            access::an_exported_region_is_read_and_written,
+            access::what_is_not_allowed_is_refused,
+        );
+    };
+}
+
+all_cases!(sim);
+all_cases!(tcp);
+all_cases!(verbs);
