@@ -1,0 +1,3 @@
+//! Fabrics: how bytes reach a peer's memory.
+
+pub(crate) mod verbs;

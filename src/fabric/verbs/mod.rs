@@ -1,0 +1,3 @@
+//! The RDMA verbs fabric.
+
+pub(crate) mod sys;
