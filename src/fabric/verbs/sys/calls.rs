@@ -318,7 +318,7 @@ impl Verbs {
         check(unsafe { (self.ibv_fork_init)() })
     }
 
-    /// Whether `fork` is safe: `IBV_FORK_*`, or `None` for a library older than rdma-core 36.
+    /// Whether `fork` is safe: `IBV_FORK_*`, or `None` for a library older than rdma-core 35.
     #[must_use]
     pub fn fork_status(&self) -> Option<ibv_fork_status> {
         // SAFETY: takes nothing; synchronises itself.
@@ -385,7 +385,7 @@ impl Verbs {
     /// # Errors
     ///
     /// `ENOMEM` (often the memlock limit), `EINVAL`, `EOPNOTSUPP` when `iova` is not `addr` and the library is
-    /// older than rdma-core 27, else the library's errno.
+    /// older than rdma-core 28, else the library's errno.
     ///
     /// # Safety
     ///

@@ -57,7 +57,7 @@ macro_rules! table {
                         *found.map_err(|error: libloading::Error| OpenError::MissingSymbol {
                             library: name.to_owned(),
                             symbol: stringify!($rname),
-                            reason: error.to_string(),
+                            reason: reason(&error),
                         })?
                     },)*
                     $($oname: {
@@ -181,6 +181,11 @@ table! {
     }
 }
 
+/// The loader's own text, which `libloading` keeps as the source of its error.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 impl Verbs {
     /// Opens the system's libibverbs. Takes a `dlopen` and some forty `dlsym`s; call once and share.
     ///
@@ -206,7 +211,7 @@ impl Verbs {
                 Ok(library) => return Self::resolve(library, name).map(Arc::new),
                 Err(error) => tried.push(Attempt {
                     name: name.to_owned(),
-                    reason: error.to_string(),
+                    reason: reason(&error),
                 }),
             }
         }
