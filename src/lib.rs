@@ -10,6 +10,9 @@ pub mod kv;
 pub(crate) mod wire;
 
 pub use endpoint::control::{CloseReason, DialError, DialFailure};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use wire::fuzzing;
 pub use wire::{
     Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
     RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,

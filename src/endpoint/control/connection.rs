@@ -166,10 +166,10 @@ impl Connection {
         }
         self.out.append(&mut self.channel.take_output());
         let mut result = self.read(scratch, sink);
-        if matches!(result, Turn::Wait | Turn::Again) {
-            if let Err(error) = self.flush() {
-                result = self.broken(&error);
-            }
+        if matches!(result, Turn::Wait | Turn::Again)
+            && let Err(error) = self.flush()
+        {
+            result = self.broken(&error);
         }
         if self.phase == Phase::Flushing
             && matches!(result, Turn::Wait | Turn::Again)
