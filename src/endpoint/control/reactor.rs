@@ -161,7 +161,7 @@ impl Reactor {
                             connection.readable |=
                                 event.is_readable() || event.is_error() || event.is_read_closed();
                             connection.writable |= event.is_writable() || event.is_error();
-                            self.ready.push_back(id);
+                            schedule(&mut self.ready, connection);
                         }
                     }
                 }
@@ -265,7 +265,7 @@ impl Reactor {
                 }
                 Command::Send { conn, message } => self.send(conn, message),
                 Command::Close(conn) => self.close_gently(conn),
-                Command::Resume(conn) => self.ready.push_back(conn),
+                Command::Resume(conn) => self.wake_up(conn),
                 Command::Shutdown => self.begin_shutdown(),
             }
         }
@@ -445,7 +445,7 @@ impl Reactor {
         if let Err(reason) = connection.send(message, &self.config) {
             self.close(conn, reason);
         } else if connection.writable {
-            self.ready.push_back(conn);
+            schedule(&mut self.ready, connection);
         }
     }
 
@@ -467,7 +467,7 @@ impl Reactor {
                 let deadline = Instant::now() + self.config.linger;
                 connection.deadline = Some(deadline);
                 self.deadlines.push(Reverse((deadline, conn)));
-                self.ready.push_back(conn);
+                schedule(&mut self.ready, connection);
             }
             Phase::Flushing | Phase::Lingering => {}
         }
@@ -487,17 +487,24 @@ impl Reactor {
         }
     }
 
+    fn wake_up(&mut self, id: ConnId) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            schedule(&mut self.ready, connection);
+        }
+    }
+
     fn turn(&mut self, id: ConnId) {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
+        connection.scheduled = false;
         let result = connection.turn(&mut self.scratch, &mut self.sink);
         if !matches!(connection.phase, Phase::Handshaking | Phase::Lingering) {
             self.strangers.remove(&id);
         }
         match result {
             Turn::Wait => {}
-            Turn::Again => self.ready.push_back(id),
+            Turn::Again => self.wake_up(id),
             Turn::Gone => self.forget(id),
             Turn::NextAddress(error) => self.next_address(id, error),
             Turn::Close(reason) => self.close(id, reason),
@@ -523,7 +530,7 @@ impl Reactor {
         if gone {
             self.forget(id);
         } else {
-            self.ready.push_back(id);
+            self.wake_up(id);
         }
     }
 
@@ -535,5 +542,12 @@ impl Reactor {
     fn forget(&mut self, id: ConnId) {
         self.connections.remove(&id);
         self.strangers.remove(&id);
+    }
+}
+
+/// Gives `connection` a turn, once however often it is asked for.
+fn schedule(ready: &mut VecDeque<ConnId>, connection: &mut Connection) {
+    if !std::mem::replace(&mut connection.scheduled, true) {
+        ready.push_back(connection.id);
     }
 }
