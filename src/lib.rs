@@ -1,7 +1,7 @@
 //! kvpush moves LLM KV-cache pages from prefill memory straight into decode memory.
 
 // Until the endpoint uses all of it.
-#[allow(dead_code, unused_imports)]
+#[allow(dead_code)]
 pub(crate) mod endpoint;
 pub mod fabric;
 pub mod kv;
