@@ -9,6 +9,9 @@ mod protocol;
 pub(crate) mod wire;
 
 pub use endpoint::{Arrival, Endpoint, Pool, Push};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use wire::fuzzing;
 pub use wire::{
     Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
     RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,

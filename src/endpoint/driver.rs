@@ -161,9 +161,7 @@ impl From<control::ControlEvent> for ControlEvent {
             control::ControlEvent::Message { conn, bytes } => {
                 Self::Message { conn, bytes: bytes.to_vec() }
             }
-            control::ControlEvent::Closed { conn, reason } => {
-                Self::Closed { conn, retryable: reason.is_retryable(), detail: reason.to_string() }
-            }
+            control::ControlEvent::Closed { conn, reason } => Self::Closed { conn, reason },
         }
     }
 }

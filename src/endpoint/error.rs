@@ -4,6 +4,7 @@
 
 use std::{fmt, time::Duration};
 
+use super::control::CloseReason;
 use crate::{
     fabric::{FabricError, FabricKind, LaneId, Status},
     kv::{HeadRange, LayoutError, PlanError, pages::PageError},
@@ -141,14 +142,18 @@ impl IssueError {
 #[non_exhaustive]
 pub enum PeerError {
     /// It could not be dialled, or the control connection broke, or failed to authenticate.
-    #[error("control connection to {peer}: {detail}")]
+    #[error("control connection to {peer}: {reason}")]
     Control {
         /// Its address.
         peer: String,
         /// What happened.
-        detail: String,
-        /// Whether dialling again may help.
-        retryable: bool,
+        reason: CloseReason,
+    },
+    /// The session that learnt a region's keys has ended.
+    #[error("the session with {peer} has ended; open the region again")]
+    NoSession {
+        /// Its address.
+        peer: String,
     },
     /// It answers, but is another incarnation than the one that issued the grant: it has restarted.
     #[error("{peer} is incarnation {found}, the grant is of {expected}: the peer has restarted since")]
@@ -238,9 +243,13 @@ impl PeerError {
     /// Whether a new attempt with a new grant may succeed.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Control { retryable, .. } => *retryable,
+            Self::Control { reason, .. } => reason.is_retryable(),
             Self::Rejected { code, .. } => *code == RejectCode::Busy,
-            Self::Restarted { .. } | Self::Lane { .. } | Self::Silent { .. } | Self::Goodbye { .. } => true,
+            Self::NoSession { .. }
+            | Self::Restarted { .. }
+            | Self::Lane { .. }
+            | Self::Silent { .. }
+            | Self::Goodbye { .. } => true,
             Self::Fabric { source, .. } => source.is_retryable(),
             Self::Protocol { .. } | Self::Closed => false,
         }

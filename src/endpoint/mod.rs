@@ -38,6 +38,7 @@ pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
     config::Polling,
+    control::{CloseReason, DialError, DialFailure},
     error::{
         AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
     },

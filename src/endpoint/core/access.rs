@@ -137,11 +137,8 @@ impl Core {
             AccessOp::Move { .. } => match self.dialled.get(&access.token.issuer()) {
                 Some(&conn) => conn,
                 None => {
-                    let error = PeerError::Control {
-                        peer: access.token.addresses().join(", "),
-                        detail: "the session has ended; open the region again".to_owned(),
-                        retryable: true,
-                    };
+                    let peer = access.token.addresses().join(", ");
+                    let error = PeerError::NoSession { peer };
                     access.shared.finish(Err(error.into()));
                     return;
                 }

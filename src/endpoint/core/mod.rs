@@ -222,9 +222,9 @@ impl Core {
                 Ok(message) => self.message(conn, message),
                 Err(error) => self.violation(conn, &error.to_string()),
             },
-            ControlEvent::Closed { conn, detail, retryable } => {
+            ControlEvent::Closed { conn, reason } => {
                 let Some(session) = self.sessions.get(&conn) else { return };
-                let error = PeerError::Control { peer: session.name(), detail, retryable };
+                let error = PeerError::Control { peer: session.name(), reason };
                 self.end_session(conn, error, None);
             }
         }
