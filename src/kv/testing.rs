@@ -31,6 +31,8 @@ pub(super) struct Memory {
     gap: u64,
     /// Whether everything lies in one region.
     one_region: bool,
+    /// Whether the planes of a layer lie in the opposite order.
+    reversed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,10 +84,13 @@ pub(super) fn memory() -> impl Strategy<Value = Memory> {
     let more = prop_oneof![Just((0, 0)), (0u32..3, 0u32..3)];
     (
         (1u32..=9, more, order, pads),
-        (0usize..=3, fuse, 0u64..9, 0u64..9, any::<bool>()),
+        (0usize..=3, fuse, 0u64..9, 0u64..9, any::<[bool; 2]>()),
     )
         .prop_map(
-            |((pages, more_heads, order, pads), (level, fuse, offset, gap, one_region))| Memory {
+            |(
+                (pages, more_heads, order, pads),
+                (level, fuse, offset, gap, [one_region, reversed]),
+            )| Memory {
                 pages,
                 more_heads,
                 order,
@@ -95,6 +100,7 @@ pub(super) fn memory() -> impl Strategy<Value = Memory> {
                 offset,
                 gap,
                 one_region,
+                reversed,
             },
         )
 }
@@ -128,6 +134,10 @@ impl Memory {
                 planes: model.roles.iter().map(plane).collect(),
             })
             .collect();
+
+        if self.reversed {
+            layers.iter_mut().for_each(|layer| layer.planes.reverse());
+        }
 
         // Planes are interleaved only with planes of the same shape.
         let mut groups: Vec<Vec<(usize, usize)>> = Vec::new();

@@ -128,6 +128,33 @@ fn scattered_sources_are_gathered() {
     );
 }
 
+/// `[tokens, pages, head_dim]`: pages are the inner axis, so their neighbours merge token by token.
+#[test]
+fn pages_inside_of_tokens_are_merged() {
+    let heads = HeadRange::new(0, 1);
+    let mut layout = shape(heads).mla(6).unwrap();
+    for plane in layout.layers.iter_mut().flat_map(|layer| &mut layer.planes) {
+        (plane.page_stride, plane.token_stride) = (16, 6 * 16);
+    }
+    let lengths = region_lengths(&layout).unwrap();
+    for (pages, writes) in [(0..6, 1), (1..4, 4)] {
+        let case = Case {
+            source: layout.clone(),
+            destination: layout.clone(),
+            source_lengths: lengths.clone(),
+            destination_lengths: lengths.clone(),
+            heads,
+            limits: WIDE,
+            layer: 1,
+            source_pages: pages.clone().collect(),
+            destination_pages: pages.collect(),
+        };
+        let plan = case.plan();
+        case.check(&plan).unwrap();
+        assert_eq!((plan.writes.len(), plan.sources.len()), (writes, writes));
+    }
+}
+
 #[test]
 fn a_smaller_destination_shard_is_gathered_and_a_larger_one_is_written_by_token() {
     let pool = |first, count| {
