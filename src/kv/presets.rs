@@ -24,11 +24,11 @@ pub struct KvShape {
 /// How keys and values of one layer lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Arrangement {
-    /// All keys, then all values, in one tensor: `[2, pages, page]`. vLLM's FlashAttention, Triton and ROCm back ends.
+    /// All keys, then all values, in one tensor: `[2, pages, page]`. vLLM's FlashAttention back end.
     KeysThenValues,
     /// Two tensors, `[pages, page]` each. SGLang's `k_buffer` and `v_buffer`.
     Separate,
-    /// Keys and values of a page together: `[pages, 2, page]`. vLLM's FlashInfer back end.
+    /// Keys and values of a page together: `[pages, 2, page]`. vLLM's FlashInfer and Triton back ends.
     Interleaved,
     /// One latent plane: `[pages, tokens, head_dim]`. MLA, in vLLM and SGLang.
     Latent,
@@ -50,8 +50,9 @@ pub enum Stacking {
     RegionPerLayer,
     /// One region, layer after layer: `[layers, ...]` ([`Arrangement::Separate`]: one region for keys, one for values).
     LayerMajor,
-    /// One region, all layers of a page together: `[pages, layers, ...]`. SGLang's `page_first`, vLLM's cross-layer
-    /// blocks. With [`Arrangement::KeysThenValues`] it is `[2, pages, layers, page]`.
+    /// One region, all layers of a page together: `[pages, layers, ...]`. SGLang's `page_first`; with
+    /// [`Arrangement::Interleaved`] and NHD also vLLM's cross-layer blocks. With [`Arrangement::KeysThenValues`] it is
+    /// `[2, pages, layers, page]`.
     PageMajor,
 }
 
@@ -163,7 +164,7 @@ impl KvShape {
         )
     }
 
-    /// vLLM FlashInfer: one tensor for each layer, `[pages, 2, tokens, heads, head_dim]` (NHD) or
+    /// vLLM FlashInfer (and, in NHD, Triton): one tensor for each layer, `[pages, 2, tokens, heads, head_dim]` (NHD) or
     /// `[pages, 2, heads, tokens, head_dim]` (HND, `VLLM_KV_CACHE_LAYOUT=HND`).
     ///
     /// # Errors
