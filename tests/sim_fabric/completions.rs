@@ -78,6 +78,8 @@ fn a_failed_lane_flushes_in_order_and_then_what_is_posted_to_it() {
     rig.a.context.post_receives(rig.lanes[0].0, 2).unwrap();
     let receives = rig.a.poll();
     assert_eq!(receives.len(), 2);
+    // What means nothing is garbage.
+    assert_ne!(receives[0].kind, receives[1].kind);
     assert!(receives.iter().all(|c| c.status == Status::Flushed));
     // It stays failed.
     rig.settle();
@@ -387,4 +389,31 @@ fn a_device_serves_one_context() {
         matches!(error.kind, FabricErrorKind::Limit { .. }),
         "{error}"
     );
+}
+
+/// Whether the descriptor is readable now.
+fn readable(context: &dyn kvpush::fabric::Context) -> bool {
+    let mut wait = libc::pollfd {
+        fd: context.wait_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd.
+    unsafe { libc::poll(&mut wait, 1, 0) > 0 }
+}
+
+#[test]
+fn a_completion_wakes_an_armed_context_only() {
+    let mut rig = Rig::new(seeded(32), 1);
+    rig.post_imm(0, 1, 1);
+    assert!(rig.b.context.arm().unwrap());
+    assert!(!readable(rig.b.context.as_ref()));
+    rig.settle();
+    assert!(readable(rig.b.context.as_ref()));
+    assert!(!readable(rig.a.context.as_ref()), "not armed");
+    // Something is waiting, so there is no sleep.
+    assert!(!rig.b.context.arm().unwrap());
+    assert_eq!(rig.b.poll().len(), 1);
+    assert!(rig.b.context.arm().unwrap());
+    assert!(!readable(rig.b.context.as_ref()));
 }
