@@ -111,6 +111,12 @@ fn no_receive_makes_the_sender_wait_and_a_new_one_lets_it_go_on() {
     );
     rig.post(0, write(3, 50 * MTU, 64));
     rig.step_until(|rig| rig.net.stats().rnr_waits >= 20);
+    // Not a packet until the timer ends, whatever is posted.
+    rig.post(0, write(4, 50 * MTU, 64));
+    let packets = rig.net.stats().packets;
+    rig.net
+        .advance_to(rig.net.now() + SimConfig::default().rnr_timer - 1);
+    assert_eq!(rig.net.stats().packets, packets);
     let received = |rig: &mut Rig| {
         let kinds = rig.b.poll().into_iter().map(|c| (c.kind, c.status));
         kinds.collect::<Vec<_>>()
@@ -125,7 +131,8 @@ fn no_receive_makes_the_sender_wait_and_a_new_one_lets_it_go_on() {
     rig.settle();
     assert_eq!(received(&mut rig), imm(11));
     assert!(rig.same(0, 0, 3 * MTU) && rig.same(50 * MTU, 50 * MTU, 64));
-    assert_eq!(rig.a.sent(), [(2, Status::Success), (3, Status::Success)]);
+    let done: Vec<_> = (2..5).map(|id| (id, Status::Success)).collect();
+    assert_eq!(rig.a.sent(), done);
 }
 
 #[test]
