@@ -17,7 +17,9 @@ use crate::{
 #[non_exhaustive]
 pub enum EndpointError {
     /// No [`Auth`](crate::Auth) was given.
-    #[error("no authentication was chosen (hint: Builder::auth with a pre-shared key; Auth::insecure_plaintext() for tests)")]
+    #[error(
+        "no authentication was chosen (hint: Builder::auth with a pre-shared key; Auth::insecure_plaintext() for tests)"
+    )]
     NoAuth,
     /// A setting makes no sense.
     #[error("{setting} = {value}: {why}")]
@@ -87,7 +89,9 @@ impl EndpointError {
 #[non_exhaustive]
 pub enum IssueError {
     /// No page, or more than a grant or its parts can count.
-    #[error("a grant of {pages} pages in {parts_per_layer} parts for each of {layers} layers cannot be counted")]
+    #[error(
+        "a grant of {pages} pages in {parts_per_layer} parts for each of {layers} layers cannot be counted"
+    )]
     Size {
         /// Pages asked for.
         pages: usize,
@@ -156,7 +160,9 @@ pub enum PeerError {
         peer: String,
     },
     /// It answers, but is another incarnation than the one that issued the grant: it has restarted.
-    #[error("{peer} is incarnation {found}, the grant is of {expected}: the peer has restarted since")]
+    #[error(
+        "{peer} is incarnation {found}, the grant is of {expected}: the peer has restarted since"
+    )]
     Restarted {
         /// Its address.
         peer: String,
@@ -232,8 +238,12 @@ pub enum PeerError {
 
 fn hint(status: Status) -> &'static str {
     match status {
-        Status::RetryExceeded => " (hint: peer gone, or packets lost: check the link, PFC and the traffic class)",
-        Status::RemoteAccess => " (hint: the peer's registration is gone or does not allow the access)",
+        Status::RetryExceeded => {
+            " (hint: peer gone, or packets lost: check the link, PFC and the traffic class)"
+        }
+        Status::RemoteAccess => {
+            " (hint: the peer's registration is gone or does not allow the access)"
+        }
         Status::RnrRetryExceeded => " (hint: the peer posts no receives; is it stopped?)",
         _ => "",
     }
@@ -462,6 +472,9 @@ impl AccessError {
 
 impl PeerError {
     pub(crate) fn protocol(peer: &str, error: &WireError) -> Self {
-        Self::Protocol { peer: peer.to_owned(), detail: error.to_string() }
+        Self::Protocol {
+            peer: peer.to_owned(),
+            detail: error.to_string(),
+        }
     }
 }

@@ -44,7 +44,12 @@ pub struct GrantOptions {
 impl GrantOptions {
     /// A grant of all heads.
     pub fn new(request: impl Into<Bytes>, deadline: Duration) -> Self {
-        Self { request: request.into(), deadline, heads: None, parts_per_layer: None }
+        Self {
+            request: request.into(),
+            deadline,
+            heads: None,
+            parts_per_layer: None,
+        }
     }
 
     /// Restricts it to `heads`.
@@ -87,7 +92,12 @@ impl Endpoint {
         if !shared.command(Command::AddPool(Arc::clone(&record))) {
             return Err(EndpointError::Closed);
         }
-        Ok(Pool { handle: Arc::new(PoolHandle { record, endpoint: Arc::clone(shared) }) })
+        Ok(Pool {
+            handle: Arc::new(PoolHandle {
+                record,
+                endpoint: Arc::clone(shared),
+            }),
+        })
     }
 }
 
@@ -150,7 +160,11 @@ impl Pool {
             .ok()
             .filter(|_| pages.len() <= Grant::MAX_PAGES)
             .and_then(|count| Blocks::new(layers as u32, count, parts_per_layer))
-            .ok_or(IssueError::Size { pages: pages.len(), layers, parts_per_layer })?;
+            .ok_or(IssueError::Size {
+                pages: pages.len(),
+                layers,
+                parts_per_layer,
+            })?;
         pages::check_range(pages, record.layout.pages)?;
         pages::check_unique(pages, record.layout.pages)?;
         let limit = config.max_transfers;

@@ -6,7 +6,10 @@ use bytes::Bytes;
 
 use super::{AccessEntry, ArrivalEntry, ExportRecord, PushEntry};
 use crate::{
-    endpoint::{control::{CloseReason, ConnId}, shared::PoolRecord},
+    endpoint::{
+        control::{CloseReason, ConnId},
+        shared::PoolRecord,
+    },
     memory::Region,
     wire::{GrantId, PoolId},
 };

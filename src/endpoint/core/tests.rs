@@ -1,0 +1,1 @@
+//! Whole cores under simulated time.
