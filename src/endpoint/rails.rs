@@ -6,7 +6,6 @@ use super::{EndpointError, config::Config};
 use crate::fabric::{
     Device, FabricKind,
     tcp::{TcpConfig, TcpDevice},
-    verbs,
 };
 
 /// Most rails: what a control message can name.

@@ -7,9 +7,9 @@ use std::{sync::Arc, time::Duration};
 
 use super::world::World;
 use crate::{
-    endpoint::{Arrival, ArrivalError, Pool, Push, PushError, Revocation, config::Config},
+    endpoint::{Arrival, Pool, Push, PushError, config::Config},
     kv::{Dtype, HeadRange, KvLayout, presets::KvShape},
-    memory::{HostMemory, Memory},
+    memory::HostMemory,
 };
 
 const LAYERS: usize = 3;
@@ -348,7 +348,7 @@ fn schedule(seed: u64) -> (usize, usize) {
         if let Some(Some(Ok(_))) = transfer.push.as_ref().map(Push::poll_ended) {
             assert!(
                 matches!(transfer.arrival.poll_complete(), Some(Ok(_)))
-                    || !matches!(transfer.arrival.poll_complete(), None),
+                    || !transfer.arrival.poll_complete().is_none(),
                 "seed {seed}"
             );
         }
