@@ -27,6 +27,7 @@
 //! control channel. Everything a peer sends is checked before use: token, header, sequence, key, range, permission,
 //! credit. Run it on networks that are trusted as an RDMA network is.
 
+mod accept;
 mod context;
 mod device;
 mod greet;
