@@ -9,8 +9,8 @@ use std::{
 };
 
 use kvpush::fabric::{
-    Access, CompletionKind, Context, Device, LaneConfig, LaneId, MemoryKeys, Opcode, Sge, Status,
-    WorkRequest,
+    Access, Completion, CompletionKind, Context, Device, LaneConfig, LaneId, MemoryKeys, Opcode,
+    Sge, Status, WorkRequest,
     tcp::{TcpConfig, TcpDevice},
 };
 
@@ -50,16 +50,32 @@ fn side(fill: u8) -> Side {
     }
 }
 
+/// Polls, and sleeps if there was nothing: on a busy machine a spinning side would take the other's time.
+fn poll(context: &mut dyn Context, out: &mut Vec<Completion>) {
+    let before = out.len();
+    context.poll(out).expect("poll");
+    if out.len() == before && context.arm().expect("arm") {
+        let mut fd = libc::pollfd {
+            fd: context.wait_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd that lives through the call.
+        unsafe { libc::poll(&mut fd, 1, 1000) };
+    }
+}
+
 /// Writes `pages` pages and returns the seconds until the peer has seen the last.
 fn fabric(a: &mut Side, b: &mut Side, lanes: (LaneId, LaneId), page: usize, pages: usize) -> f64 {
     let start = Instant::now();
     std::thread::scope(|scope| {
         let receiver = scope.spawn(|| {
             let mut out = Vec::new();
-            while !out.iter().any(|c: &kvpush::fabric::Completion| {
-                matches!(c.kind, CompletionKind::Received { .. })
-            }) {
-                b.context.poll(&mut out).expect("poll");
+            while !out
+                .iter()
+                .any(|c: &Completion| matches!(c.kind, CompletionKind::Received { .. }))
+            {
+                poll(&mut *b.context, &mut out);
             }
             b.context.post_receives(lanes.1, 1).expect("replenish");
         });
@@ -99,7 +115,7 @@ fn fabric(a: &mut Side, b: &mut Side, lanes: (LaneId, LaneId), page: usize, page
                 posted += requests.len();
             }
             out.clear();
-            a.context.poll(&mut out).expect("poll");
+            poll(&mut *a.context, &mut out);
             for completion in &out {
                 assert_eq!(completion.status, Status::Success);
                 if let CompletionKind::Sent { id } = completion.kind {
