@@ -13,3 +13,10 @@ pub use wire::{
     Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
     RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,
 };
+
+/// The raw verbs binding, reachable only by the oracle that checks it against the system's own headers.
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub mod oracle {
+    pub use crate::fabric::verbs::sys::*;
+}
