@@ -62,7 +62,7 @@ pub(crate) fn audit() -> Result<()> {
         );
         return Ok(());
     }
-    process::run(check(&deny).args(["--disable-fetch", "advisories"]))
+    process::run(check(&deny).arg("advisories"))
 }
 
 fn check(deny: &Path) -> Command {

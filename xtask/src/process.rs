@@ -6,10 +6,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-/// The cargo that called us (the toolchain the developer chose), or the one on PATH.
+/// The cargo that called us (the toolchain the developer chose), or the one on PATH; with our own target folder, from
+/// wherever it is called.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(crate::workspace::root());
+    command
+        .current_dir(crate::workspace::root())
+        .env("CARGO_TARGET_DIR", crate::workspace::target_dir());
     command
 }
 

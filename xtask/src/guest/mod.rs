@@ -23,6 +23,7 @@ mod qemu;
 mod supervise;
 
 use std::collections::hash_map::DefaultHasher;
+use std::fs::File;
 use std::hash::Hasher;
 use std::path::PathBuf;
 
@@ -31,7 +32,7 @@ use anyhow::Result;
 pub(crate) use builder::{Guest, quote};
 pub(crate) use supervise::{Outcome, run};
 
-use crate::apt;
+use crate::{apt, workspace};
 
 /// What the guests need on the host. Most of it is used inside of them, from the host's root.
 const PACKAGES: &[&str] = &[
@@ -53,17 +54,22 @@ pub(crate) struct Machine {
     kernel: PathBuf,
     initramfs: PathBuf,
     version: String,
+    /// One xtask at a time: the cache and the folders of the runs have fixed names.
+    _lock: File,
 }
 
 /// Installs and downloads what is missing and returns what guests boot from.
 pub(crate) fn prepare(update_kernel: bool) -> Result<Machine> {
     apt::ensure(PACKAGES, "running soft-RoCE guests")?;
+    workspace::cache("rxe")?;
+    let lock = workspace::lock("rxe/lock")?;
     let kernel = kernel::prepare(update_kernel)?;
     let initramfs = initramfs::prepare(&kernel)?;
     Ok(Machine {
         kernel: kernel.image,
         initramfs,
         version: kernel.version,
+        _lock: lock,
     })
 }
 
