@@ -85,4 +85,8 @@ macro_rules! all_cases {
 }
 
 all_cases!(tcp, crate::factories::tcp_pair);
+all_cases!(
+    tcp_small_buffers,
+    crate::factories::tcp_pair_with_small_buffers
+);
 // Further fabrics: `all_cases!(sim, crate::factories::sim_pair);`, `all_cases!(verbs, crate::factories::verbs_pair);`

@@ -32,6 +32,20 @@ fn selected(kind: FabricKind) -> bool {
 
 /// Two TCP devices on loopback.
 pub(crate) fn tcp_pair() -> Option<Pair> {
+    tcp(TcpConfig::default())
+}
+
+/// The same with socket buffers that are a fraction of a train, so that nearly every call is cut short. (Smaller than
+/// loopback's segments they would only exercise the kernel's silly-window timers.)
+pub(crate) fn tcp_pair_with_small_buffers() -> Option<Pair> {
+    tcp(TcpConfig {
+        send_buffer: 48 << 10,
+        receive_buffer: 160 << 10,
+        ..TcpConfig::default()
+    })
+}
+
+fn tcp(config: TcpConfig) -> Option<Pair> {
     selected(FabricKind::Tcp).then(|| {
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let open = |name: &str| {
@@ -39,7 +53,7 @@ pub(crate) fn tcp_pair() -> Option<Pair> {
                 bind: host,
                 name: name.into(),
                 rnr_timeout: Duration::from_secs(30),
-                ..TcpConfig::default()
+                ..config.clone()
             })
             .expect("open a tcp device")
         };

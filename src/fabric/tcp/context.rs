@@ -22,7 +22,7 @@ use super::{
     },
     device::{TcpDevice, os_error},
     greet::{Greeting, Pending, Progress},
-    lane::{Lane, Phase, Timing},
+    lane::{Lane, Phase, Timing, after},
     memory::MemoryView,
     send::Failure,
     sys::{self, Timer},
@@ -186,8 +186,13 @@ impl TcpContext {
             self.listener_pause = None;
             self.listener_ready = true;
         }
-        self.pending.retain(|_, pending| pending.deadline > now);
-        let mut next = self.pending.values().map(|pending| pending.deadline).min();
+        self.pending
+            .retain(|_, pending| pending.deadline.is_none_or(|deadline| deadline > now));
+        let mut next = self
+            .pending
+            .values()
+            .filter_map(|pending| pending.deadline)
+            .min();
         next = [next, self.listener_pause].into_iter().flatten().min();
         let mut due = Vec::new();
         for lane in self.lanes.values_mut() {
@@ -215,7 +220,7 @@ impl TcpContext {
                     // The connection died in the queue (accept(2)), or there are no descriptors: rest, then go on.
                     tracing::debug!(%error, "accept");
                     self.listener_ready = false;
-                    self.listener_pause = Some(Instant::now() + ACCEPT_PAUSE);
+                    self.listener_pause = after(ACCEPT_PAUSE);
                     self.schedule(self.listener_pause);
                     return;
                 }
@@ -246,7 +251,7 @@ impl TcpContext {
             tracing::debug!(%error, "accepted socket");
             return;
         }
-        let deadline = Instant::now() + self.timing.hello;
+        let deadline = after(self.timing.hello);
         let pending = Pending {
             stream,
             greeting: Greeting::new(),
@@ -254,7 +259,7 @@ impl TcpContext {
             deadline,
         };
         self.pending.insert(key, pending);
-        self.schedule(Some(deadline));
+        self.schedule(deadline);
         self.read_pending(key);
     }
 
@@ -321,7 +326,12 @@ impl TcpContext {
         self.enqueue(id);
     }
 
-    fn dial(&mut self, id: LaneId, to: SocketAddr, deadline: Instant) -> Result<(), FabricError> {
+    fn dial(
+        &mut self,
+        id: LaneId,
+        to: SocketAddr,
+        deadline: Option<Instant>,
+    ) -> Result<(), FabricError> {
         let interest = Interest::READABLE | Interest::WRITABLE;
         let stream = TcpStream::connect(to).and_then(|mut stream| {
             self.tune(&stream)?;
@@ -337,7 +347,7 @@ impl TcpContext {
         if let Some(lane) = self.lanes.get_mut(&id) {
             lane.stream = Some(stream);
             lane.phase = Phase::Connecting;
-            lane.deadline = Some(deadline);
+            lane.deadline = deadline;
         }
         Ok(())
     }
@@ -429,12 +439,12 @@ impl Context for TcpContext {
         if state.phase != Phase::Idle {
             return Err(self.lane_state(OPERATION, lane, "connected already"));
         }
-        let deadline = Instant::now() + self.timing.connect;
+        let deadline = after(self.timing.connect);
         state.peer_token = peer_token;
         if dial {
             self.dial(lane, SocketAddr::new(host, port), deadline)?;
         } else {
-            state.deadline = Some(deadline);
+            state.deadline = deadline;
             state.phase = Phase::Awaiting;
             let token = state.token;
             // The peer may have dialled first.
@@ -448,7 +458,7 @@ impl Context for TcpContext {
                 self.adopt(lane, key, &hello);
             }
         }
-        self.schedule(Some(deadline));
+        self.schedule(deadline);
         Ok(())
     }
 

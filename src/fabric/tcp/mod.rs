@@ -39,3 +39,6 @@ mod transmit;
 mod wire;
 
 pub use device::{TcpConfig, TcpDevice};
+
+#[cfg(test)]
+mod tests;
