@@ -87,7 +87,26 @@ impl VerbsAddress {
         }
         let bytes: &[u8; LENGTH] = bytes.try_into().map_err(|_| "not 36 bytes long")?;
         let [
-            _version, link, gid_type, mtu, port, reads, flags, zero, q0, q1, q2, q3, p0, p1, p2, p3, l0, l1, z0, z1,
+            _version,
+            link,
+            gid_type,
+            mtu,
+            port,
+            reads,
+            flags,
+            zero,
+            q0,
+            q1,
+            q2,
+            q3,
+            p0,
+            p1,
+            p2,
+            p3,
+            l0,
+            l1,
+            z0,
+            z1,
             gid @ ..,
         ] = *bytes;
         let gid: [u8; 16] = gid;

@@ -11,7 +11,7 @@
 //! moment, and soft-RoCE really does return from `ibv_modify_qp(3)` while its responder may still be copying. Destroying
 //! a queue pair returns only when the device has let go of it: hardware has finished its transactions (10.2.4.4), and
 //! soft-RoCE waits for its tasks. What the device has not reported until then, the lane reports itself as flushed, in
-//! order; until it is destroyed it stays as a tombstone that refuses posts.
+//! order; until it is destroyed it stays as a tombstone that flushes what is posted.
 //!
 //! # Shared receive queue
 //!
@@ -171,7 +171,11 @@ impl VerbsContext {
         let checked = [
             ("send depth", asked.max_send_wr, granted.max_send_wr),
             ("gather elements", asked.max_send_sge, granted.max_send_sge),
-            ("inline bytes", asked.max_inline_data, granted.max_inline_data),
+            (
+                "inline bytes",
+                asked.max_inline_data,
+                granted.max_inline_data,
+            ),
             ("receive depth", asked.max_recv_wr, granted.max_recv_wr),
         ]
         .into_iter()
@@ -183,7 +187,15 @@ impl VerbsContext {
         .and_then(|()| {
             let attributes = init_attributes(place.port);
             // SAFETY: made just above.
-            unsafe { modify(self.device.lib(), qp, attributes, "ibv_modify_qp(INIT)", place) }
+            unsafe {
+                modify(
+                    self.device.lib(),
+                    qp,
+                    attributes,
+                    "ibv_modify_qp(INIT)",
+                    place,
+                )
+            }
         });
         if let Err(error) = checked {
             self.destroy_queue_pair(qp);
@@ -488,7 +500,11 @@ impl Context for VerbsContext {
         let caps = &self.device.info_ref().caps;
         for (what, value, limit) in [
             ("send depth", config.send_depth, caps.max_send_depth),
-            ("receive depth", config.receive_depth, caps.max_receive_depth),
+            (
+                "receive depth",
+                config.receive_depth,
+                caps.max_receive_depth,
+            ),
             ("gather elements", config.max_sge, caps.max_sge),
             ("inline bytes", config.max_inline, caps.max_inline),
         ] {
@@ -602,8 +618,30 @@ impl Context for VerbsContext {
         let Some(lane) = self.lanes.get_mut(index) else {
             return Ok(());
         };
-        self.poster
-            .post(self.device.place(), lane, requests, sges)
+        if lane.state == LaneState::Fenced {
+            // No device any more: what is posted flushes at once, within the depth that was granted.
+            let room = lane.sent.depth() as usize;
+            let taken = requests.iter().take(room);
+            self.stash.extend(taken.map(|request| Completion {
+                lane: lane.id,
+                kind: CompletionKind::Sent { id: request.id },
+                status: Status::Flushed,
+                vendor_error: 0,
+            }));
+            if requests.len() > room {
+                let kind = FabricErrorKind::QueueFull {
+                    queue: "send queue",
+                    depth: lane.sent.depth(),
+                };
+                let source = self.device.place().error("ibv_post_send", kind);
+                return Err(PostError {
+                    posted: room,
+                    source,
+                });
+            }
+            return Ok(());
+        }
+        self.poster.post(self.device.place(), lane, requests, sges)
     }
 
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {

@@ -184,7 +184,8 @@ impl VerbsDevice {
                 "`kvpush-bench devices` lists what there is",
             ));
         };
-        let opened = Opened::open(lib, device.raw).map_err(|errno| place.os("ibv_open_device", errno))?;
+        let opened =
+            Opened::open(lib, device.raw).map_err(|errno| place.os("ibv_open_device", errno))?;
         let opened = Arc::new(opened);
         let facts = read_device(Arc::clone(&opened), &device)
             .map_err(|(operation, errno)| place.os(operation, errno))?;
@@ -218,7 +219,11 @@ impl VerbsDevice {
         match &found.library {
             LibraryFacts::Loaded { .. } => {}
             LibraryFacts::Missing { tried } => {
-                skip("libibverbs", 0, format!("cannot be opened ({})", tried.join("; ")));
+                skip(
+                    "libibverbs",
+                    0,
+                    format!("cannot be opened ({})", tried.join("; ")),
+                );
             }
             LibraryFacts::NoDeviceList { name, errno } => {
                 let reason = std::io::Error::from_raw_os_error(*errno);
@@ -391,7 +396,10 @@ impl VerbsDevice {
         let port = self.port();
         VerbsAddress {
             link: port.link,
-            gid_type: port.gid.as_ref().map_or(GidType::InfiniBand, |gid| gid.kind),
+            gid_type: port
+                .gid
+                .as_ref()
+                .map_or(GidType::InfiniBand, |gid| gid.kind),
             mtu: port.active_mtu.min(Mtu::at_most(self.config.max_mtu)),
             port: self.place.port,
             max_dest_rd_atomic: self.reads().0,

@@ -194,10 +194,7 @@ fn kernel(inventory: &Inventory, findings: &mut Vec<Finding>) {
     if matches!(inventory.library, LibraryFacts::Loaded { .. }) && !host.uverbs.is_empty() {
         for name in &host.sysfs_devices {
             let known = inventory.devices.iter().any(|device| device.name == *name)
-                || inventory
-                    .unopened
-                    .iter()
-                    .any(|device| device.name == *name);
+                || inventory.unopened.iter().any(|device| device.name == *name);
             if !known {
                 add(
                     findings,

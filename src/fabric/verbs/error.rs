@@ -88,9 +88,7 @@ pub(crate) fn memlock() -> Memlock {
 fn hint(operation: &'static str, errno: i32) -> Option<&'static str> {
     Some(match (operation, errno) {
         ("ibv_reg_mr", libc::ENOMEM) => memlock_hint(),
-        ("ibv_reg_mr", libc::EFAULT) => {
-            "the range is not mapped, or not writable by this process"
-        }
+        ("ibv_reg_mr", libc::EFAULT) => "the range is not mapped, or not writable by this process",
         ("ibv_open_device", libc::EACCES | libc::EPERM) => {
             "this process may not open /dev/infiniband/uverbs*"
         }

@@ -401,7 +401,8 @@ fn modules() -> Vec<KernelModule> {
         .and_then(|release| {
             let base = format!("/lib/modules/{}", release.trim());
             let listed = fs::read_to_string(format!("{base}/modules.dep")).ok()?;
-            let built_in = fs::read_to_string(format!("{base}/modules.builtin")).unwrap_or_default();
+            let built_in =
+                fs::read_to_string(format!("{base}/modules.builtin")).unwrap_or_default();
             Some(listed + &built_in)
         });
     NAMES
@@ -479,7 +480,13 @@ mod tests {
         assert_eq!(parse_rate("2.5 Gb/sec (1X SDR)\n"), Some(2_500_000_000));
         assert_eq!(parse_rate("100 Gb/sec (4X EDR)"), Some(100_000_000_000));
         assert_eq!(parse_rate("800 Gb/sec (4X XDR)"), Some(800_000_000_000));
-        for odd in ["", "fast", "x Gb/sec", "1. Gb/sec", "99999999999999999999 Gb/sec"] {
+        for odd in [
+            "",
+            "fast",
+            "x Gb/sec",
+            "1. Gb/sec",
+            "99999999999999999999 Gb/sec",
+        ] {
             assert_eq!(parse_rate(odd), None, "{odd:?}");
         }
     }

@@ -77,7 +77,7 @@ pub(super) enum LaneState {
     Connected,
     /// In ERR, flushing.
     Failed,
-    /// Its queue pair is gone; a tombstone that refuses posts.
+    /// Its queue pair is gone; a tombstone that flushes what is posted.
     Fenced,
 }
 
@@ -194,10 +194,8 @@ pub(super) fn init_attributes(port: u8) -> (sys::ibv_qp_attr, i32) {
     (attr, INIT_MASK)
 }
 
-const INIT_MASK: i32 = (sys::IBV_QP_STATE
-    | sys::IBV_QP_PKEY_INDEX
-    | sys::IBV_QP_PORT
-    | sys::IBV_QP_ACCESS_FLAGS);
+const INIT_MASK: i32 =
+    (sys::IBV_QP_STATE | sys::IBV_QP_PKEY_INDEX | sys::IBV_QP_PORT | sys::IBV_QP_ACCESS_FLAGS);
 const RTR_MASK: i32 = (sys::IBV_QP_STATE
     | sys::IBV_QP_AV
     | sys::IBV_QP_PATH_MTU
@@ -289,13 +287,12 @@ fn needs_grh(ours: &VerbsAddress, theirs: &VerbsAddress) -> bool {
 /// A packet sequence number to start with. Random, so that packets of an earlier connection between queue pairs of
 /// the same numbers are not taken for this one's.
 pub(super) fn random_psn(place: &Place) -> Result<u32, FabricError> {
-    let random = getrandom::u32()
-        .map_err(|error| {
-            place.error(
-                "getrandom",
-                FabricErrorKind::Unavailable(format!("no random numbers: {error}")),
-            )
-        })?;
+    let random = getrandom::u32().map_err(|error| {
+        place.error(
+            "getrandom",
+            FabricErrorKind::Unavailable(format!("no random numbers: {error}")),
+        )
+    })?;
     Ok(random & 0x00ff_ffff)
 }
 
@@ -377,10 +374,7 @@ mod tests {
             RTR_MASK,
             state | av | mtu | dest | rq_psn | served | min_rnr
         );
-        assert_eq!(
-            RTS_MASK,
-            state | timeout | retry | rnr | sq_psn | initiated
-        );
+        assert_eq!(RTS_MASK, state | timeout | retry | rnr | sq_psn | initiated);
     }
 
     #[test]
@@ -421,8 +415,7 @@ mod tests {
         };
         assert_eq!(global(&infiniband(1, 5), &insists), Ok(1));
         assert!(global(&infiniband(1, 5), &infiniband(1, 0)).is_err());
-        let (rtr, _) =
-            rtr_attributes(&infiniband(1, 5), &infiniband(1, 6), path(&config)).unwrap();
+        let (rtr, _) = rtr_attributes(&infiniband(1, 5), &infiniband(1, 6), path(&config)).unwrap();
         assert_eq!(rtr.ah_attr.dlid, 6);
     }
 

@@ -47,7 +47,7 @@ impl Poster {
         }
     }
 
-    /// Posts `requests` to `lane`, in order.
+    /// Posts `requests` to `lane`, in order. A failed lane takes them, too, and its device flushes them.
     pub(super) fn post(
         &mut self,
         place: &Place,
@@ -55,7 +55,7 @@ impl Poster {
         requests: &[WorkRequest],
         sges: &[Sge],
     ) -> Result<(), PostError> {
-        if lane.state != LaneState::Connected {
+        if !matches!(lane.state, LaneState::Connected | LaneState::Failed) {
             let source = place.error(
                 "ibv_post_send",
                 FabricErrorKind::LaneState {
@@ -69,7 +69,7 @@ impl Poster {
         while let Some(rest) = requests.get(posted..).filter(|rest| !rest.is_empty()) {
             let (filled, refused) = self.fill(place, lane, rest, sges);
             if filled > 0 {
-                // SAFETY: a connected lane's queue pair is live; `fill` has just linked the first `filled` requests
+                // SAFETY: a connected or failed lane's queue pair is live; `fill` has just linked the first `filled` requests
                 // into a chain that ends in null and whose gather lists lie in `self.sges`.
                 let result = unsafe { sys::ibv_post_send(lane.qp, self.sends.as_mut_ptr()) };
                 let accepted = match &result {
