@@ -594,6 +594,7 @@ impl Context for VerbsContext {
             config: self.device.config(),
             gid_index: self.device.gid_index(),
             max_initiated_reads: self.device.reads().1,
+            most_retries: self.device.most_retries(),
         };
         let rtr = rtr_attributes(&ours, &theirs, path).map_err(bad)?;
         let rts = rts_attributes(&ours, &theirs, path);

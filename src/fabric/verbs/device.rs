@@ -391,6 +391,12 @@ impl VerbsDevice {
         )
     }
 
+    /// The largest retry count that ends. The specification knows no endless one (vol. 1, 9.9.2.1.1), but soft-RoCE
+    /// never counts 7 down, and then a lost peer would go unnoticed.
+    pub(super) fn most_retries(&self) -> u8 {
+        if self.limits.soft_roce() { 6 } else { 7 }
+    }
+
     /// How a peer reaches queue pair `qpn` of this port.
     pub(super) fn lane_address(&self, qpn: u32, psn: u32) -> VerbsAddress {
         let port = self.port();

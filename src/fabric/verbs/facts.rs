@@ -208,6 +208,11 @@ impl DeviceCaps {
         self.max_srq > 0 && self.max_srq_wr > 0
     }
 
+    /// Whether this is the kernel's soft-RoCE (`rdma_rxe`), by its vendor id.
+    pub fn soft_roce(&self) -> bool {
+        self.vendor_id == 0x00ff_ffff
+    }
+
     /// Whether there are memory windows of type 2 (`IBV_DEVICE_MEM_WINDOW_TYPE_2A` or `_2B`).
     pub fn memory_window_type_2(&self) -> bool {
         self.max_mw > 0 && self.device_cap_flags & ((1 << 23) | (1 << 24)) != 0

@@ -181,6 +181,8 @@ pub(super) struct Path<'a> {
     pub(super) gid_index: u8,
     /// Reads this device may have under way on one queue pair.
     pub(super) max_initiated_reads: u8,
+    /// The largest retry count of this device that ends.
+    pub(super) most_retries: u8,
 }
 
 /// Attributes for RESET to INIT, and their mask.
@@ -263,7 +265,7 @@ pub(super) fn rts_attributes(
     let mut attr = sys::ibv_qp_attr::zeroed();
     attr.qp_state = sys::IBV_QPS_RTS;
     attr.timeout = path.config.timeout.min(31);
-    attr.retry_cnt = path.config.retry_count.min(7);
+    attr.retry_cnt = path.config.retry_count.min(path.most_retries);
     attr.rnr_retry = path.config.rnr_retry.min(7);
     attr.sq_psn = ours.psn;
     attr.max_rd_atomic = path.max_initiated_reads.min(theirs.max_dest_rd_atomic);
@@ -358,6 +360,7 @@ mod tests {
             config,
             gid_index: 3,
             max_initiated_reads: 8,
+            most_retries: 7,
         }
     }
 
@@ -456,6 +459,27 @@ mod tests {
                 .max_rd_atomic,
             8,
             "ours"
+        );
+    }
+
+    #[test]
+    fn retries_are_those_of_the_settings_within_what_the_device_ends() {
+        let config = VerbsConfig {
+            timeout: 40,
+            rnr_retry: 9,
+            ..VerbsConfig::default()
+        };
+        let path = |most_retries| Path {
+            most_retries,
+            ..path(&config)
+        };
+        let (hardware, _) = rts_attributes(&roce(1), &roce(2), path(7));
+        let (soft, _) = rts_attributes(&roce(1), &roce(2), path(6));
+        assert_eq!((hardware.retry_cnt, soft.retry_cnt), (7, 6));
+        assert_eq!(
+            (hardware.timeout, hardware.rnr_retry),
+            (31, 7),
+            "cut to what fits"
         );
     }
 
