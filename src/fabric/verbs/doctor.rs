@@ -375,3 +375,6 @@ fn mtu(place: &str, port: &PortFacts, findings: &mut Vec<Finding>) {
 fn describe(errno: i32) -> String {
     std::io::Error::from_raw_os_error(errno).to_string()
 }
+
+#[cfg(test)]
+mod tests;

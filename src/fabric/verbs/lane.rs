@@ -197,20 +197,20 @@ pub(super) fn init_attributes(port: u8) -> (sys::ibv_qp_attr, i32) {
 }
 
 const INIT_MASK: i32 =
-    (sys::IBV_QP_STATE | sys::IBV_QP_PKEY_INDEX | sys::IBV_QP_PORT | sys::IBV_QP_ACCESS_FLAGS);
-const RTR_MASK: i32 = (sys::IBV_QP_STATE
+    sys::IBV_QP_STATE | sys::IBV_QP_PKEY_INDEX | sys::IBV_QP_PORT | sys::IBV_QP_ACCESS_FLAGS;
+const RTR_MASK: i32 = sys::IBV_QP_STATE
     | sys::IBV_QP_AV
     | sys::IBV_QP_PATH_MTU
     | sys::IBV_QP_DEST_QPN
     | sys::IBV_QP_RQ_PSN
     | sys::IBV_QP_MAX_DEST_RD_ATOMIC
-    | sys::IBV_QP_MIN_RNR_TIMER);
-const RTS_MASK: i32 = (sys::IBV_QP_STATE
+    | sys::IBV_QP_MIN_RNR_TIMER;
+const RTS_MASK: i32 = sys::IBV_QP_STATE
     | sys::IBV_QP_TIMEOUT
     | sys::IBV_QP_RETRY_CNT
     | sys::IBV_QP_RNR_RETRY
     | sys::IBV_QP_SQ_PSN
-    | sys::IBV_QP_MAX_QP_RD_ATOMIC);
+    | sys::IBV_QP_MAX_QP_RD_ATOMIC;
 
 /// How long a peer waits before it tries again when we have no receive posted: 0.64 ms (vol. 1, table 45). Receives
 /// are reserved before anyone sends, so this is not part of normal life.
