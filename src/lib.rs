@@ -1,6 +1,5 @@
 //! kvpush moves LLM KV-cache pages from prefill memory straight into decode memory.
 
-#![allow(dead_code, unused_imports)]
 pub mod endpoint;
 pub mod fabric;
 pub mod kv;
@@ -9,6 +8,9 @@ mod protocol;
 pub(crate) mod wire;
 
 pub use endpoint::{Arrival, Endpoint, Pool, Push};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use wire::fuzzing;
 pub use wire::{
     Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
     RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,

@@ -50,7 +50,12 @@ impl Arrival {
         endpoint: Arc<EndpointShared>,
         layers: usize,
     ) -> Self {
-        Self { grant, shared, endpoint, layers }
+        Self {
+            grant,
+            shared,
+            endpoint,
+            layers,
+        }
     }
 
     /// The right to write these pages, for the writer.
@@ -70,12 +75,25 @@ impl Arrival {
     /// The arrival has ended without it. A layer that is there stays there: if the arrival fails later, waiting for
     /// the layer still succeeds.
     pub async fn layer(&self, layer: usize) -> Result<(), ArrivalError> {
-        poll_fn(|context| self.shared.signal.poll(context, |state| self.ready(state, layer))).await
+        poll_fn(|context| {
+            self.shared
+                .signal
+                .poll(context, |state| self.ready(state, layer))
+        })
+        .await
     }
 
     /// Blocks until all pages of `layer` are there, or returns `None` after `timeout`.
-    pub fn layer_blocking(&self, layer: usize, timeout: Duration) -> Option<Result<(), ArrivalError>> {
-        self.shared.signal.wait(Instant::now().checked_add(timeout), |state| self.ready(state, layer))
+    pub fn layer_blocking(
+        &self,
+        layer: usize,
+        timeout: Duration,
+    ) -> Option<Result<(), ArrivalError>> {
+        self.shared
+            .signal
+            .wait(Instant::now().checked_add(timeout), |state| {
+                self.ready(state, layer)
+            })
     }
 
     /// Whether all pages of `layer` are there, or the arrival has ended without it; `None` if neither.
@@ -90,7 +108,9 @@ impl Arrival {
 
     /// Blocks until the arrival has ended, or returns `None` after `timeout`.
     pub fn complete_blocking(&self, timeout: Duration) -> Option<Result<Bytes, ArrivalError>> {
-        self.shared.signal.wait(Instant::now().checked_add(timeout), ended)
+        self.shared
+            .signal
+            .wait(Instant::now().checked_add(timeout), ended)
     }
 
     /// The end, if it has ended.
@@ -111,7 +131,9 @@ impl Arrival {
     /// Takes the grant back and blocks until no write of it can land any more, or returns `None` after `timeout`.
     pub fn revoke_blocking(&self, timeout: Duration) -> Option<Revocation> {
         self.start_revoke();
-        self.shared.signal.wait(Instant::now().checked_add(timeout), revocation)
+        self.shared
+            .signal
+            .wait(Instant::now().checked_add(timeout), revocation)
     }
 
     /// Begins to take the grant back. Writes can land until the arrival has ended.
@@ -122,7 +144,10 @@ impl Arrival {
 
     fn ready(&self, state: &ArrivalState, layer: usize) -> Option<Result<(), ArrivalError>> {
         if layer >= self.layers {
-            return Some(Err(ArrivalError::NoSuchLayer { layer, layers: self.layers }));
+            return Some(Err(ArrivalError::NoSuchLayer {
+                layer,
+                layers: self.layers,
+            }));
         }
         if state.is_layer_complete(layer) {
             return Some(Ok(()));
@@ -132,7 +157,10 @@ impl Arrival {
 }
 
 fn ended(state: &ArrivalState) -> Option<Result<Bytes, ArrivalError>> {
-    state.end.clone().map(|end| end.map(|()| state.tail.clone().unwrap_or_default()))
+    state
+        .end
+        .clone()
+        .map(|end| end.map(|()| state.tail.clone().unwrap_or_default()))
 }
 
 fn revocation(state: &ArrivalState) -> Option<Revocation> {

@@ -38,7 +38,10 @@ pub struct Builder {
 
 impl Builder {
     pub(super) fn new() -> Self {
-        Self { config: Config::default(), devices: Vec::new() }
+        Self {
+            config: Config::default(),
+            devices: Vec::new(),
+        }
     }
 
     /// How peers prove that they belong here. Both sides must have the same.
@@ -158,13 +161,23 @@ impl Builder {
     ///
     /// [`EndpointError`]: no authentication, an address that cannot be bound, no usable rail, or memory that cannot be
     /// registered (the locked-memory limit is the usual reason).
-    pub fn bind(self, address: impl ToSocketAddrs + std::fmt::Debug) -> Result<Endpoint, EndpointError> {
-        let Self { mut config, devices: given } = self;
+    pub fn bind(
+        self,
+        address: impl ToSocketAddrs + std::fmt::Debug,
+    ) -> Result<Endpoint, EndpointError> {
+        let Self {
+            mut config,
+            devices: given,
+        } = self;
         check(&config)?;
         let auth = config.auth.take().ok_or(EndpointError::NoAuth)?;
         let io = |operation| {
             let address = format!("{address:?}");
-            move |source| EndpointError::Io { operation, address, source }
+            move |source| EndpointError::Io {
+                operation,
+                address,
+                source,
+            }
         };
         let listener = TcpListener::bind(&address).map_err(io("listen on"))?;
         let local = listener.local_addr().map_err(io("listen on"))?;
@@ -198,16 +211,22 @@ impl Builder {
             commands,
             wake: wake.clone(),
         });
-        let (control, events) =
-            driver::start_control(listener, auth, wake.clone()).map_err(io("control thread for"))?;
+        let (control, events) = driver::start_control(listener, auth, wake.clone())
+            .map_err(io("control thread for"))?;
         let control = Box::new(ControlAdapter(control));
         let core = Core::new(Arc::clone(&config), incarnation, contexts, control, tails);
         let driver = Driver::new(core, inbox, events, wake, config.polling);
         let closed = Arc::clone(&shared);
         let driver = driver.start(move || closed.closed.load(std::sync::atomic::Ordering::Acquire));
         let driver = driver.map_err(io("driver thread for"))?;
-        let owner = Owner { shared, local, driver: parking_lot::Mutex::new(Some(driver)) };
-        Ok(Endpoint { owner: Arc::new(owner) })
+        let owner = Owner {
+            shared,
+            local,
+            driver: parking_lot::Mutex::new(Some(driver)),
+        };
+        Ok(Endpoint {
+            owner: Arc::new(owner),
+        })
     }
 }
 
@@ -215,7 +234,12 @@ fn check(config: &Config) -> Result<(), EndpointError> {
     let ranges = [
         ("lanes_per_rail", u64::from(config.lanes_per_rail), 1, 16),
         ("queue_depths (send)", config.send_depth.into(), 1, 1 << 15),
-        ("queue_depths (receive)", config.receive_depth.into(), 1, 1 << 15),
+        (
+            "queue_depths (receive)",
+            config.receive_depth.into(),
+            1,
+            1 << 15,
+        ),
         ("max_sge", config.max_sge.into(), 1, 256),
         ("max_write", config.max_write.into(), 64, 1 << 31),
         ("parts_per_layer", config.parts_per_layer.into(), 1, 1024),
@@ -224,22 +248,41 @@ fn check(config: &Config) -> Result<(), EndpointError> {
     ];
     for (setting, value, least, most) in ranges {
         if !(least..=most).contains(&value) {
-            let why = if value < least { "too small" } else { "too large" };
-            return Err(EndpointError::Setting { setting, value: value.to_string(), why });
+            let why = if value < least {
+                "too small"
+            } else {
+                "too large"
+            };
+            return Err(EndpointError::Setting {
+                setting,
+                value: value.to_string(),
+                why,
+            });
         }
     }
     if config.name.len() > 255 {
         let value = format!("{} bytes", config.name.len());
-        return Err(EndpointError::Setting { setting: "name", value, why: "longer than 255 bytes" });
+        return Err(EndpointError::Setting {
+            setting: "name",
+            value,
+            why: "longer than 255 bytes",
+        });
     }
     if config.advertise.len() > 4 {
         let value = format!("{} addresses", config.advertise.len());
-        return Err(EndpointError::Setting { setting: "advertise", value, why: "more than 4" });
+        return Err(EndpointError::Setting {
+            setting: "advertise",
+            value,
+            why: "more than 4",
+        });
     }
     Ok(())
 }
 
-fn tail_arena(config: &Config, devices: &[Arc<dyn Device>]) -> Result<Arc<TailArena>, EndpointError> {
+fn tail_arena(
+    config: &Config,
+    devices: &[Arc<dyn Device>],
+) -> Result<Arc<TailArena>, EndpointError> {
     let (slots, capacity) = (config.max_transfers, config.tail_capacity);
     let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity))?);
     let region = Region::register(

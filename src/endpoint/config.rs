@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{fabric::{FabricKind, verbs::VerbsConfig}, wire::Auth};
+use crate::{
+    fabric::{FabricKind, verbs::VerbsConfig},
+    wire::Auth,
+};
 
 /// How the driver thread waits for work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -67,7 +67,14 @@ impl Driver {
         wake: WakeHandle,
         polling: Polling,
     ) -> Self {
-        Self { core, commands, events, wake, polling, origin: Instant::now() }
+        Self {
+            core,
+            commands,
+            events,
+            wake,
+            polling,
+            origin: Instant::now(),
+        }
     }
 
     /// Runs on a thread of its own until `closed` says so.
@@ -75,7 +82,9 @@ impl Driver {
         mut self,
         closed: impl Fn() -> bool + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
-        std::thread::Builder::new().name("kvpush-driver".to_owned()).spawn(move || self.run(closed))
+        std::thread::Builder::new()
+            .name("kvpush-driver".to_owned())
+            .spawn(move || self.run(closed))
     }
 
     fn run(&mut self, closed: impl Fn() -> bool) {
@@ -130,10 +139,9 @@ impl Driver {
         }
         self.wake.announce_sleep();
         if self.commands.is_empty() && self.events.is_empty() && !closed() {
-            let timeout = self
-                .core
-                .next_deadline()
-                .map_or(LONGEST_SLEEP, |deadline| self.now().until(deadline).min(LONGEST_SLEEP));
+            let timeout = self.core.next_deadline().map_or(LONGEST_SLEEP, |deadline| {
+                self.now().until(deadline).min(LONGEST_SLEEP)
+            });
             wait_readable(&fds, timeout);
         }
         self.wake.awake();
@@ -142,15 +150,28 @@ impl Driver {
 
 /// Sleeps until one of `fds` is readable or `timeout` has passed. A signal may end it early.
 fn wait_readable(fds: &[RawFd], timeout: Duration) {
-    let mut polls: Vec<libc::pollfd> =
-        fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
+    let mut polls: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|&fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
     let timeout = libc::timespec {
         tv_sec: timeout.as_secs() as libc::time_t,
         tv_nsec: timeout.subsec_nanos().into(),
     };
     // SAFETY: `polls` is an array of that many valid entries and `timeout` a valid time; no signal mask is given. The
     // descriptors are owned by the contexts and the wake handle, which live while the driver does.
-    unsafe { libc::ppoll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, &timeout, std::ptr::null()) };
+    unsafe {
+        libc::ppoll(
+            polls.as_mut_ptr(),
+            polls.len() as libc::nfds_t,
+            &timeout,
+            std::ptr::null(),
+        )
+    };
 }
 
 impl From<control::ControlEvent> for ControlEvent {
@@ -158,12 +179,11 @@ impl From<control::ControlEvent> for ControlEvent {
         match event {
             control::ControlEvent::Accepted { conn, peer } => Self::Accepted { conn, peer },
             control::ControlEvent::Connected { conn, peer, .. } => Self::Connected { conn, peer },
-            control::ControlEvent::Message { conn, bytes } => {
-                Self::Message { conn, bytes: bytes.to_vec() }
-            }
-            control::ControlEvent::Closed { conn, reason } => {
-                Self::Closed { conn, retryable: reason.is_retryable(), detail: reason.to_string() }
-            }
+            control::ControlEvent::Message { conn, bytes } => Self::Message {
+                conn,
+                bytes: bytes.to_vec(),
+            },
+            control::ControlEvent::Closed { conn, reason } => Self::Closed { conn, reason },
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::{fmt, time::Duration};
 
+use super::control::CloseReason;
 use crate::{
     fabric::{FabricError, FabricKind, LaneId, Status},
     kv::{HeadRange, LayoutError, PlanError, pages::PageError},
@@ -16,7 +17,9 @@ use crate::{
 #[non_exhaustive]
 pub enum EndpointError {
     /// No [`Auth`](crate::Auth) was given.
-    #[error("no authentication was chosen (hint: Builder::auth with a pre-shared key; Auth::insecure_plaintext() for tests)")]
+    #[error(
+        "no authentication was chosen (hint: Builder::auth with a pre-shared key; Auth::insecure_plaintext() for tests)"
+    )]
     NoAuth,
     /// A setting makes no sense.
     #[error("{setting} = {value}: {why}")]
@@ -86,7 +89,9 @@ impl EndpointError {
 #[non_exhaustive]
 pub enum IssueError {
     /// No page, or more than a grant or its parts can count.
-    #[error("a grant of {pages} pages in {parts_per_layer} parts for each of {layers} layers cannot be counted")]
+    #[error(
+        "a grant of {pages} pages in {parts_per_layer} parts for each of {layers} layers cannot be counted"
+    )]
     Size {
         /// Pages asked for.
         pages: usize,
@@ -141,17 +146,23 @@ impl IssueError {
 #[non_exhaustive]
 pub enum PeerError {
     /// It could not be dialled, or the control connection broke, or failed to authenticate.
-    #[error("control connection to {peer}: {detail}")]
+    #[error("control connection to {peer}: {reason}")]
     Control {
         /// Its address.
         peer: String,
         /// What happened.
-        detail: String,
-        /// Whether dialling again may help.
-        retryable: bool,
+        reason: CloseReason,
+    },
+    /// The session that learnt a region's keys has ended.
+    #[error("the session with {peer} has ended; open the region again")]
+    NoSession {
+        /// Its address.
+        peer: String,
     },
     /// It answers, but is another incarnation than the one that issued the grant: it has restarted.
-    #[error("{peer} is incarnation {found}, the grant is of {expected}: the peer has restarted since")]
+    #[error(
+        "{peer} is incarnation {found}, the grant is of {expected}: the peer has restarted since"
+    )]
     Restarted {
         /// Its address.
         peer: String,
@@ -227,8 +238,12 @@ pub enum PeerError {
 
 fn hint(status: Status) -> &'static str {
     match status {
-        Status::RetryExceeded => " (hint: peer gone, or packets lost: check the link, PFC and the traffic class)",
-        Status::RemoteAccess => " (hint: the peer's registration is gone or does not allow the access)",
+        Status::RetryExceeded => {
+            " (hint: peer gone, or packets lost: check the link, PFC and the traffic class)"
+        }
+        Status::RemoteAccess => {
+            " (hint: the peer's registration is gone or does not allow the access)"
+        }
         Status::RnrRetryExceeded => " (hint: the peer posts no receives; is it stopped?)",
         _ => "",
     }
@@ -238,9 +253,13 @@ impl PeerError {
     /// Whether a new attempt with a new grant may succeed.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Control { retryable, .. } => *retryable,
+            Self::Control { reason, .. } => reason.is_retryable(),
             Self::Rejected { code, .. } => *code == RejectCode::Busy,
-            Self::Restarted { .. } | Self::Lane { .. } | Self::Silent { .. } | Self::Goodbye { .. } => true,
+            Self::NoSession { .. }
+            | Self::Restarted { .. }
+            | Self::Lane { .. }
+            | Self::Silent { .. }
+            | Self::Goodbye { .. } => true,
             Self::Fabric { source, .. } => source.is_retryable(),
             Self::Protocol { .. } | Self::Closed => false,
         }
@@ -453,6 +472,9 @@ impl AccessError {
 
 impl PeerError {
     pub(crate) fn protocol(peer: &str, error: &WireError) -> Self {
-        Self::Protocol { peer: peer.to_owned(), detail: error.to_string() }
+        Self::Protocol {
+            peer: peer.to_owned(),
+            detail: error.to_string(),
+        }
     }
 }

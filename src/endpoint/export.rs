@@ -37,7 +37,11 @@ pub struct RemoteRegion {
 
 impl Endpoint {
     /// Registers `memory`; `access` says what holders of its token may do. Blocks while the memory is pinned.
-    pub fn register(&self, memory: Arc<dyn Memory>, access: Access) -> Result<LocalRegion, EndpointError> {
+    pub fn register(
+        &self,
+        memory: Arc<dyn Memory>,
+        access: Access,
+    ) -> Result<LocalRegion, EndpointError> {
         let shared = self.shared();
         let random = |source| EndpointError::Io {
             operation: "random number for",
@@ -67,7 +71,11 @@ impl Endpoint {
         if !shared.command(Command::AddExport(Arc::clone(&record))) {
             return Err(EndpointError::Closed);
         }
-        Ok(LocalRegion { record, endpoint: Arc::clone(shared), token })
+        Ok(LocalRegion {
+            record,
+            endpoint: Arc::clone(shared),
+            token,
+        })
     }
 
     /// Asks the owner of `token` for access.
@@ -80,7 +88,10 @@ impl Endpoint {
     /// Like [`Endpoint::open_region`], blocking. It ends by [`super::Builder::open_timeout`].
     pub fn open_region_blocking(&self, token: RegionToken) -> Result<RemoteRegion, AccessError> {
         let shared = self.start_open(&token)?;
-        shared.signal.wait(None, Clone::clone).unwrap_or(Err(AccessError::Expired))?;
+        shared
+            .signal
+            .wait(None, Clone::clone)
+            .unwrap_or(Err(AccessError::Expired))?;
         self.opened_region(token, &shared)
     }
 
@@ -100,7 +111,11 @@ impl Endpoint {
         shared: &AccessShared,
     ) -> Result<RemoteRegion, AccessError> {
         let keys = shared.keys.look(Clone::clone).ok_or(AccessError::Expired)?;
-        Ok(RemoteRegion { token, keys, endpoint: Arc::clone(self.shared()) })
+        Ok(RemoteRegion {
+            token,
+            keys,
+            endpoint: Arc::clone(self.shared()),
+        })
     }
 }
 
@@ -118,7 +133,8 @@ impl LocalRegion {
 
 impl Drop for LocalRegion {
     fn drop(&mut self) {
-        self.endpoint.command(Command::ReleaseExport(Arc::clone(&self.record)));
+        self.endpoint
+            .command(Command::ReleaseExport(Arc::clone(&self.record)));
     }
 }
 
@@ -230,12 +246,25 @@ async fn finished(shared: &Arc<AccessShared>) -> Result<(), AccessError> {
 
 fn wait(shared: &Arc<AccessShared>) -> Result<(), AccessError> {
     // The driver answers by the deadline, or when the endpoint is closed.
-    shared.signal.wait(None, Clone::clone).unwrap_or(Err(AccessError::Expired))
+    shared
+        .signal
+        .wait(None, Clone::clone)
+        .unwrap_or(Err(AccessError::Expired))
 }
 
-fn check_range(side: &'static str, offset: u64, length: u64, capacity: u64) -> Result<(), AccessError> {
+fn check_range(
+    side: &'static str,
+    offset: u64,
+    length: u64,
+    capacity: u64,
+) -> Result<(), AccessError> {
     match offset.checked_add(length) {
         Some(end) if end <= capacity => Ok(()),
-        _ => Err(AccessError::OutOfRange { side, offset, length, capacity }),
+        _ => Err(AccessError::OutOfRange {
+            side,
+            offset,
+            length,
+            capacity,
+        }),
     }
 }

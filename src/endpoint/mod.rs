@@ -25,19 +25,18 @@ mod wake;
 
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::Ordering,
-    },
+    sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
 };
 
 use parking_lot::Mutex;
 
+use self::shared::EndpointShared;
 pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
     config::Polling,
+    control::{CloseReason, DialError, DialFailure},
     error::{
         AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
     },
@@ -45,11 +44,7 @@ pub use self::{
     pool::{GrantOptions, Pool},
     push::{Push, PushReport},
 };
-use self::shared::EndpointShared;
-use crate::{
-    fabric::DeviceInfo,
-    wire::Incarnation,
-};
+use crate::{fabric::DeviceInfo, wire::Incarnation};
 
 /// One process's end of all transfers: its rails, its registered memory, its peers.
 ///

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{
     Arrival, Endpoint, EndpointError, IssueError,
     core::{ArrivalEntry, Command},
-    shared::{ArrivalShared, PoolHandle, PoolRecord},
+    shared::{ArrivalShared, EndpointShared, PoolHandle, PoolRecord},
 };
 use crate::{
     fabric::Access,
@@ -44,7 +44,12 @@ pub struct GrantOptions {
 impl GrantOptions {
     /// A grant of all heads.
     pub fn new(request: impl Into<Bytes>, deadline: Duration) -> Self {
-        Self { request: request.into(), deadline, heads: None, parts_per_layer: None }
+        Self {
+            request: request.into(),
+            deadline,
+            heads: None,
+            parts_per_layer: None,
+        }
     }
 
     /// Restricts it to `heads`.
@@ -67,9 +72,19 @@ impl Endpoint {
         layout: KvLayout,
         memory: Vec<Arc<dyn Memory>>,
     ) -> Result<Pool, EndpointError> {
+        self.shared().register_pool(layout, memory)
+    }
+}
+
+impl EndpointShared {
+    pub(super) fn register_pool(
+        self: &Arc<Self>,
+        layout: KvLayout,
+        memory: Vec<Arc<dyn Memory>>,
+    ) -> Result<Pool, EndpointError> {
         let lengths: Vec<u64> = memory.iter().map(|memory| memory.length()).collect();
         layout.validate(&lengths)?;
-        let shared = self.shared();
+        let shared = self;
         let mut regions = Vec::with_capacity(memory.len());
         for memory in memory {
             match shared.register(memory, Access::REMOTE_WRITE) {
@@ -87,7 +102,12 @@ impl Endpoint {
         if !shared.command(Command::AddPool(Arc::clone(&record))) {
             return Err(EndpointError::Closed);
         }
-        Ok(Pool { handle: Arc::new(PoolHandle { record, endpoint: Arc::clone(shared) }) })
+        Ok(Pool {
+            handle: Arc::new(PoolHandle {
+                record,
+                endpoint: Arc::clone(shared),
+            }),
+        })
     }
 }
 
@@ -150,7 +170,11 @@ impl Pool {
             .ok()
             .filter(|_| pages.len() <= Grant::MAX_PAGES)
             .and_then(|count| Blocks::new(layers as u32, count, parts_per_layer))
-            .ok_or(IssueError::Size { pages: pages.len(), layers, parts_per_layer })?;
+            .ok_or(IssueError::Size {
+                pages: pages.len(),
+                layers,
+                parts_per_layer,
+            })?;
         pages::check_range(pages, record.layout.pages)?;
         pages::check_unique(pages, record.layout.pages)?;
         let limit = config.max_transfers;

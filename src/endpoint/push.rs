@@ -74,9 +74,17 @@ impl Endpoint {
     }
 
     /// Like [`Endpoint::push`], blocking for at most `timeout`, after which the push is [`PushError::Expired`].
-    pub fn push_blocking(&self, pool: &Pool, grant: Grant, timeout: Duration) -> Result<Push, PushError> {
+    pub fn push_blocking(
+        &self,
+        pool: &Pool,
+        grant: Grant,
+        timeout: Duration,
+    ) -> Result<Push, PushError> {
         let push = self.start_push(pool, grant, Some(timeout))?;
-        push.shared.signal.wait(None, opened).unwrap_or(Err(PushError::Expired))?;
+        push.shared
+            .signal
+            .wait(None, opened)
+            .unwrap_or(Err(PushError::Expired))?;
         Ok(push)
     }
 
@@ -87,12 +95,29 @@ impl Endpoint {
         grant: Grant,
         timeout: Option<Duration>,
     ) -> Result<Push, PushError> {
-        let shared = self.shared();
+        self.shared().start_push(pool, grant, timeout)
+    }
+}
+
+impl EndpointShared {
+    pub(super) fn start_push(
+        self: &Arc<Self>,
+        pool: &Pool,
+        grant: Grant,
+        timeout: Option<Duration>,
+    ) -> Result<Push, PushError> {
+        let shared = self;
         let id = shared.next_push.fetch_add(1, Ordering::Relaxed);
         let record = &pool.handle.record;
-        let state = Arc::new(PushShared { signal: Signal::new(PushPhase::Opening), open_timeout: timeout });
+        let state = Arc::new(PushShared {
+            signal: Signal::new(PushPhase::Opening),
+            open_timeout: timeout,
+        });
         let limit = shared.config.max_transfers;
-        let tail_slot = shared.tails.take().ok_or(PushInputError::TooMany { limit })?;
+        let tail_slot = shared
+            .tails
+            .take()
+            .ok_or(PushInputError::TooMany { limit })?;
         if !Arc::ptr_eq(&pool.handle.endpoint, shared) {
             return Err(PushInputError::ForeignPool.into());
         }
@@ -152,7 +177,12 @@ impl Push {
     pub fn layer(&self, layer: usize, pages: &[u32]) -> Result<(), PushError> {
         let granted = self.grant.pages().len();
         if pages.len() != granted {
-            return Err(PushInputError::Positions { first: 0, count: pages.len(), granted }.into());
+            return Err(PushInputError::Positions {
+                first: 0,
+                count: pages.len(),
+                granted,
+            }
+            .into());
         }
         self.layer_from(layer, 0, pages)
     }
@@ -167,7 +197,13 @@ impl Push {
             None => return Err(PushInputError::NotOpen.into()),
             Some(opened) => opened?,
         }
-        self.input.lock().take(layer, first, pages, self.grant.pages().len(), self.source_pages)?;
+        self.input.lock().take(
+            layer,
+            first,
+            pages,
+            self.grant.pages().len(),
+            self.source_pages,
+        )?;
         if pages.is_empty() {
             return Ok(());
         }
@@ -209,12 +245,22 @@ impl Push {
             None => return Err(PushInputError::NotOpen.into()),
             Some(opened) => opened?,
         }
-        let capacity = self.grant.tail_capacity().min(self.endpoint.config.tail_capacity) as usize;
+        let capacity = self
+            .grant
+            .tail_capacity()
+            .min(self.endpoint.config.tail_capacity) as usize;
         if tail.len() > capacity {
-            return Err(PushInputError::Tail { length: tail.len(), capacity }.into());
+            return Err(PushInputError::Tail {
+                length: tail.len(),
+                capacity,
+            }
+            .into());
         }
         self.input.lock().finish(self.grant.pages().len())?;
-        self.command(Command::Finish { push: self.id, tail })
+        self.command(Command::Finish {
+            push: self.id,
+            tail,
+        })
     }
 
     /// Stops the push and waits until nothing of it is in flight. The reader's arrival ends as abandoned.
@@ -236,7 +282,9 @@ impl Push {
 
     /// Blocks until the end; `None` after `timeout`.
     pub fn ended_blocking(&self, timeout: Duration) -> Option<Result<PushReport, PushError>> {
-        self.shared.signal.wait(Instant::now().checked_add(timeout), ended)
+        self.shared
+            .signal
+            .wait(Instant::now().checked_add(timeout), ended)
     }
 
     /// The end, if it has ended.
@@ -245,7 +293,11 @@ impl Push {
     }
 
     fn command(&self, command: Command) -> Result<(), PushError> {
-        if self.endpoint.command(command) { Ok(()) } else { Err(PeerError::Closed.into()) }
+        if self.endpoint.command(command) {
+            Ok(())
+        } else {
+            Err(PeerError::Closed.into())
+        }
     }
 }
 
@@ -278,10 +330,17 @@ impl Input {
             return Err(PushInputError::Finished);
         }
         let layers = self.layers.len();
-        let pushed = self.layers.get_mut(layer).ok_or(PushInputError::Layer { layer, layers })?;
+        let pushed = self
+            .layers
+            .get_mut(layer)
+            .ok_or(PushInputError::Layer { layer, layers })?;
         let count = pages.len();
         if first.checked_add(count).is_none_or(|end| end > granted) {
-            return Err(PushInputError::Positions { first, count, granted });
+            return Err(PushInputError::Positions {
+                first,
+                count,
+                granted,
+            });
         }
         if let Some(position) = pushed.first_repeated(first, count, granted) {
             return Err(PushInputError::Repeated { layer, position });
@@ -309,8 +368,11 @@ impl Pushed {
         if self.count == granted {
             return (count > 0).then_some(first);
         }
-        (first..first + count)
-            .find(|&p| self.positions.get(p / 64).is_some_and(|word| word & (1 << (p % 64)) != 0))
+        (first..first + count).find(|&p| {
+            self.positions
+                .get(p / 64)
+                .is_some_and(|word| word & (1 << (p % 64)) != 0)
+        })
     }
 
     fn add(&mut self, first: usize, count: usize, granted: usize) {
@@ -350,35 +412,66 @@ mod tests {
     use crate::kv::pages::PageError;
 
     fn input() -> Input {
-        Input { layers: vec![Pushed::default(); 2], finished: false }
+        Input {
+            layers: vec![Pushed::default(); 2],
+            finished: false,
+        }
     }
 
     #[test]
     fn a_wrong_call_changes_nothing() {
         let mut input = input();
-        assert!(matches!(input.take(2, 0, &[1], 3, 100), Err(PushInputError::Layer { .. })));
-        assert!(matches!(input.take(0, 2, &[1, 2], 3, 100), Err(PushInputError::Positions { .. })));
-        assert!(matches!(input.take(0, usize::MAX, &[1], 3, 100), Err(PushInputError::Positions { .. })));
+        assert!(matches!(
+            input.take(2, 0, &[1], 3, 100),
+            Err(PushInputError::Layer { .. })
+        ));
+        assert!(matches!(
+            input.take(0, 2, &[1, 2], 3, 100),
+            Err(PushInputError::Positions { .. })
+        ));
+        assert!(matches!(
+            input.take(0, usize::MAX, &[1], 3, 100),
+            Err(PushInputError::Positions { .. })
+        ));
         assert!(matches!(
             input.take(0, 0, &[5, 100], 3, 100),
-            Err(PushInputError::Page(PageError::OutOfRange { page: 100, .. }))
+            Err(PushInputError::Page(PageError::OutOfRange {
+                page: 100,
+                ..
+            }))
         ));
         assert!(matches!(
             input.take(0, 0, &[5, 6, 5], 3, 100),
             Err(PushInputError::Page(PageError::Duplicate { page: 5, .. }))
         ));
-        assert_eq!(input.take(0, 0, &[5, 6, 7], 3, 100), Ok(()), "none of the above was remembered");
+        assert_eq!(
+            input.take(0, 0, &[5, 6, 7], 3, 100),
+            Ok(()),
+            "none of the above was remembered"
+        );
     }
 
     #[test]
     fn a_position_is_pushed_once_and_all_before_the_end() {
         let mut input = input();
         assert_eq!(input.take(0, 1, &[9], 3, 100), Ok(()));
-        assert!(matches!(input.take(0, 0, &[1, 2], 3, 100), Err(PushInputError::Repeated { position: 1, .. })));
+        assert!(matches!(
+            input.take(0, 0, &[1, 2], 3, 100),
+            Err(PushInputError::Repeated { position: 1, .. })
+        ));
         assert_eq!(input.take(0, 0, &[1], 3, 100), Ok(()));
-        assert!(matches!(input.finish(3), Err(PushInputError::Incomplete { layer: 0, missing: 1 })));
+        assert!(matches!(
+            input.finish(3),
+            Err(PushInputError::Incomplete {
+                layer: 0,
+                missing: 1
+            })
+        ));
         assert_eq!(input.take(0, 2, &[1], 3, 100), Ok(()));
-        assert!(matches!(input.take(0, 2, &[1], 3, 100), Err(PushInputError::Repeated { .. })));
+        assert!(matches!(
+            input.take(0, 2, &[1], 3, 100),
+            Err(PushInputError::Repeated { .. })
+        ));
         assert_eq!(input.take(1, 0, &[1, 2, 3], 3, 100), Ok(()));
         assert_eq!(input.finish(3), Ok(()));
         assert_eq!(input.finish(3), Err(PushInputError::Finished));

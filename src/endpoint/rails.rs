@@ -26,7 +26,10 @@ pub(super) fn open(
                 reasons.push("verbs: not merged".to_owned());
             }
             FabricKind::Tcp => {
-                let options = TcpConfig { bind, ..TcpConfig::default() };
+                let options = TcpConfig {
+                    bind,
+                    ..TcpConfig::default()
+                };
                 match TcpDevice::open(options) {
                     Ok(device) => rails.push(device),
                     Err(error) => reasons.push(error.to_string()),
@@ -39,5 +42,9 @@ pub(super) fn open(
     for reason in &reasons {
         tracing::info!(reason, "rail not used");
     }
-    if rails.is_empty() { Err(EndpointError::NoRail(reasons)) } else { Ok(rails) }
+    if rails.is_empty() {
+        Err(EndpointError::NoRail(reasons))
+    } else {
+        Ok(rails)
+    }
 }

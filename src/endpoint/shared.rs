@@ -15,11 +15,8 @@ use crossbeam::channel::Sender;
 use parking_lot::Mutex;
 
 use super::{
-    AccessError, ArrivalError, EndpointError, IssueError, PushError, PushReport,
-    config::Config,
-    core::Command,
-    signal::Signal,
-    wake::WakeHandle,
+    AccessError, ArrivalError, EndpointError, IssueError, PushError, PushReport, config::Config,
+    core::Command, signal::Signal, wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
@@ -99,7 +96,10 @@ impl PoolRecord {
     pub(crate) fn reserve(&self, pages: &[u32], heads: HeadRange) -> Result<(), IssueError> {
         let bits = self.head_bits(heads);
         let mut reserved = self.reserved.lock();
-        if let Some(&page) = pages.iter().find(|&&page| reserved[page as usize] & bits != 0) {
+        if let Some(&page) = pages
+            .iter()
+            .find(|&&page| reserved[page as usize] & bits != 0)
+        {
             return Err(IssueError::PageBusy { page });
         }
         for &page in pages {
@@ -121,7 +121,11 @@ impl PoolRecord {
 
     /// Pages of which some head is reserved.
     pub(crate) fn reserved_pages(&self) -> usize {
-        self.reserved.lock().iter().filter(|&&bits| bits != 0).count()
+        self.reserved
+            .lock()
+            .iter()
+            .filter(|&&bits| bits != 0)
+            .count()
     }
 
     /// All heads that the pool holds.
@@ -214,8 +218,16 @@ impl TailArena {
     }
 
     pub(crate) fn new(memory: Arc<HostMemory>, region: Region, slots: u32, capacity: u32) -> Self {
-        let slots = Slots { free: (0..slots).rev().collect(), generations: vec![0; slots as usize] };
-        Self { memory, region, stride: Self::stride(capacity), slots: Mutex::new(slots) }
+        let slots = Slots {
+            free: (0..slots).rev().collect(),
+            generations: vec![0; slots as usize],
+        };
+        Self {
+            memory,
+            region,
+            stride: Self::stride(capacity),
+            slots: Mutex::new(slots),
+        }
     }
 
     /// Takes a free buffer. Its generation has never been used before.
@@ -224,14 +236,23 @@ impl TailArena {
         let slot = slots.free.pop()?;
         let generation = &mut slots.generations[slot as usize];
         *generation = generation.wrapping_add(1);
-        let id = GrantId { slot, generation: *generation };
-        Some(TailSlot { arena: Arc::clone(self), id })
+        let id = GrantId {
+            slot,
+            generation: *generation,
+        };
+        Some(TailSlot {
+            arena: Arc::clone(self),
+            id,
+        })
     }
 
     /// Whether `id` was in use at some time, or is.
     pub(crate) fn knows(&self, id: GrantId) -> bool {
         let slots = self.slots.lock();
-        slots.generations.get(id.slot as usize).is_some_and(|&now| id.generation <= now && id.generation > 0)
+        slots
+            .generations
+            .get(id.slot as usize)
+            .is_some_and(|&now| id.generation <= now && id.generation > 0)
     }
 }
 
@@ -307,7 +328,12 @@ impl ArrivalShared {
     pub(crate) fn new(layers: u32) -> Self {
         let layers = vec![0; layers.div_ceil(64) as usize];
         Self {
-            signal: Signal::new(ArrivalState { layers, complete_layers: 0, tail: None, end: None }),
+            signal: Signal::new(ArrivalState {
+                layers,
+                complete_layers: 0,
+                tail: None,
+                end: None,
+            }),
         }
     }
 }
@@ -321,7 +347,9 @@ impl ArrivalState {
     }
 
     pub(crate) fn is_layer_complete(&self, layer: usize) -> bool {
-        self.layers.get(layer / 64).is_some_and(|word| word & (1 << (layer % 64)) != 0)
+        self.layers
+            .get(layer / 64)
+            .is_some_and(|word| word & (1 << (layer % 64)) != 0)
     }
 }
 
@@ -349,7 +377,10 @@ pub(crate) struct AccessShared {
 
 impl AccessShared {
     pub(crate) fn new() -> Self {
-        Self { keys: Signal::new(None), signal: Signal::new(None) }
+        Self {
+            keys: Signal::new(None),
+            signal: Signal::new(None),
+        }
     }
 
     pub(crate) fn finish(&self, result: Result<(), AccessError>) {
@@ -364,7 +395,8 @@ mod tests {
 
     fn arena(slots: u32, capacity: u32) -> Arc<TailArena> {
         let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity)).unwrap());
-        let region = Region::register(Arc::clone(&memory) as Arc<dyn Memory>, Access::LOCAL, &[]).unwrap();
+        let region =
+            Region::register(Arc::clone(&memory) as Arc<dyn Memory>, Access::LOCAL, &[]).unwrap();
         Arc::new(TailArena::new(memory, region, slots, capacity))
     }
 
@@ -378,7 +410,13 @@ mod tests {
         let second = arena.take().unwrap();
         assert_eq!(second.id().slot, id.slot);
         assert_ne!(second.id().generation, id.generation);
-        assert!(arena.knows(id) && !arena.knows(GrantId { slot: 0, generation: id.generation + 2 }));
+        assert!(
+            arena.knows(id)
+                && !arena.knows(GrantId {
+                    slot: 0,
+                    generation: id.generation + 2
+                })
+        );
     }
 
     #[test]
@@ -391,7 +429,10 @@ mod tests {
         assert_eq!(slot.load(generation).as_deref(), Some(&b"token 42"[..]));
         assert_eq!(slot.load(generation + 1), None);
         let absurd = TailHeader::new(generation, 1 << 20);
-        arena.memory.write(slot.offset(), zerocopy::IntoBytes::as_bytes(&absurd)).unwrap();
+        arena
+            .memory
+            .write(slot.offset(), zerocopy::IntoBytes::as_bytes(&absurd))
+            .unwrap();
         assert_eq!(slot.load(generation), None);
     }
 }

@@ -24,7 +24,13 @@ struct Inner<T> {
 
 impl<T> Signal<T> {
     pub(crate) fn new(state: T) -> Self {
-        Self { inner: Mutex::new(Inner { state, wakers: Vec::new() }), changed: Condvar::new() }
+        Self {
+            inner: Mutex::new(Inner {
+                state,
+                wakers: Vec::new(),
+            }),
+            changed: Condvar::new(),
+        }
     }
 
     /// Changes the state and wakes everyone who waits.
@@ -44,12 +50,20 @@ impl<T> Signal<T> {
     }
 
     /// Is ready once `ready` says so.
-    pub(crate) fn poll<R>(&self, context: &mut Context<'_>, ready: impl FnOnce(&T) -> Option<R>) -> Poll<R> {
+    pub(crate) fn poll<R>(
+        &self,
+        context: &mut Context<'_>,
+        ready: impl FnOnce(&T) -> Option<R>,
+    ) -> Poll<R> {
         let mut inner = self.inner.lock();
         match ready(&inner.state) {
             Some(result) => Poll::Ready(result),
             None => {
-                if !inner.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+                if !inner
+                    .wakers
+                    .iter()
+                    .any(|waker| waker.will_wake(context.waker()))
+                {
                     inner.wakers.push(context.waker().clone());
                 }
                 Poll::Pending
@@ -58,7 +72,11 @@ impl<T> Signal<T> {
     }
 
     /// Blocks until `ready` says so, or `None` once `deadline` has passed (never, if there is none).
-    pub(crate) fn wait<R>(&self, deadline: Option<Instant>, mut ready: impl FnMut(&T) -> Option<R>) -> Option<R> {
+    pub(crate) fn wait<R>(
+        &self,
+        deadline: Option<Instant>,
+        mut ready: impl FnMut(&T) -> Option<R>,
+    ) -> Option<R> {
         let mut inner = self.inner.lock();
         loop {
             if let Some(result) = ready(&inner.state) {
@@ -103,10 +121,26 @@ mod tests {
     fn a_future_is_woken_once_for_each_change() {
         let signal = Signal::new(false);
         let mut context = Context::from_waker(Waker::noop());
-        assert!(signal.poll(&mut context, |&done| done.then_some(())).is_pending());
-        assert!(signal.poll(&mut context, |&done| done.then_some(())).is_pending());
-        assert_eq!(signal.inner.lock().wakers.len(), 1, "one waker however often it is polled");
+        assert!(
+            signal
+                .poll(&mut context, |&done| done.then_some(()))
+                .is_pending()
+        );
+        assert!(
+            signal
+                .poll(&mut context, |&done| done.then_some(()))
+                .is_pending()
+        );
+        assert_eq!(
+            signal.inner.lock().wakers.len(),
+            1,
+            "one waker however often it is polled"
+        );
         signal.update(|done| *done = true);
-        assert!(signal.poll(&mut context, |&done| done.then_some(())).is_ready());
+        assert!(
+            signal
+                .poll(&mut context, |&done| done.then_some(()))
+                .is_ready()
+        );
     }
 }

@@ -32,7 +32,10 @@ impl WakeHandle {
         }
         // SAFETY: the descriptor was just created and belongs to nobody else.
         let event = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self(Arc::new(Inner { sleeping: AtomicBool::new(false), event })))
+        Ok(Self(Arc::new(Inner {
+            sleeping: AtomicBool::new(false),
+            event,
+        })))
     }
 
     /// Wakes the driver if it sleeps or is about to. Call after the work has been made visible.
@@ -58,7 +61,13 @@ impl WakeHandle {
         if !self.0.sleeping.swap(false, Ordering::SeqCst) {
             let mut count = [0u8; 8];
             // SAFETY: eight writable bytes and a descriptor we own, which does not block.
-            unsafe { libc::read(self.0.event.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+            unsafe {
+                libc::read(
+                    self.0.event.as_raw_fd(),
+                    count.as_mut_ptr().cast(),
+                    count.len(),
+                )
+            };
         }
     }
 

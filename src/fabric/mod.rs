@@ -22,8 +22,8 @@ mod error;
 mod request;
 pub mod sim;
 
-pub mod verbs;
 pub mod tcp;
+pub mod verbs;
 
 pub use caps::{Capabilities, DeviceInfo, FabricKind, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};

@@ -14,7 +14,11 @@ pub mod pages;
 pub mod plan;
 pub mod presets;
 pub mod shard;
+#[cfg(test)]
+mod testing;
 mod validate;
+#[cfg(test)]
+mod validate_tests;
 
 pub use dtype::Dtype;
 pub use layout::{HeadRange, KvLayout, LayerLayout, Plane, PlaneRole};

@@ -24,11 +24,11 @@ pub struct KvShape {
 /// How keys and values of one layer lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Arrangement {
-    /// All keys, then all values, in one tensor: `[2, pages, page]`. vLLM's FlashAttention, Triton and ROCm back ends.
+    /// All keys, then all values, in one tensor: `[2, pages, page]`. vLLM's FlashAttention back end.
     KeysThenValues,
     /// Two tensors, `[pages, page]` each. SGLang's `k_buffer` and `v_buffer`.
     Separate,
-    /// Keys and values of a page together: `[pages, 2, page]`. vLLM's FlashInfer back end.
+    /// Keys and values of a page together: `[pages, 2, page]`. vLLM's FlashInfer and Triton back ends.
     Interleaved,
     /// One latent plane: `[pages, tokens, head_dim]`. MLA, in vLLM and SGLang.
     Latent,
@@ -50,8 +50,9 @@ pub enum Stacking {
     RegionPerLayer,
     /// One region, layer after layer: `[layers, ...]` ([`Arrangement::Separate`]: one region for keys, one for values).
     LayerMajor,
-    /// One region, all layers of a page together: `[pages, layers, ...]`. SGLang's `page_first`, vLLM's cross-layer
-    /// blocks. With [`Arrangement::KeysThenValues`] it is `[2, pages, layers, page]`.
+    /// One region, all layers of a page together: `[pages, layers, ...]`. SGLang's `page_first`; with
+    /// [`Arrangement::Interleaved`] and NHD also vLLM's cross-layer blocks. With [`Arrangement::KeysThenValues`] it is
+    /// `[2, pages, layers, page]`.
     PageMajor,
 }
 
@@ -163,7 +164,7 @@ impl KvShape {
         )
     }
 
-    /// vLLM FlashInfer: one tensor for each layer, `[pages, 2, tokens, heads, head_dim]` (NHD) or
+    /// vLLM FlashInfer (and, in NHD, Triton): one tensor for each layer, `[pages, 2, tokens, heads, head_dim]` (NHD) or
     /// `[pages, 2, heads, tokens, head_dim]` (HND, `VLLM_KV_CACHE_LAYOUT=HND`).
     ///
     /// # Errors
@@ -203,5 +204,168 @@ impl KvShape {
             HeadOrder::TokenMajor,
             Stacking::RegionPerLayer,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::testing::head_offset;
+    use crate::kv::{models, region_lengths};
+
+    const PAGES: u32 = 5;
+    const SHAPE: KvShape = KvShape {
+        layers: 3,
+        tokens_per_page: 4,
+        heads: HeadRange::new(2, 6),
+        head_dim: 8,
+        dtype: Dtype::Bf16,
+    };
+
+    /// The byte of an element of a row-major tensor, given (index, size) of each axis, outermost first.
+    fn row_major(axes: &[(u32, u32)]) -> u64 {
+        let element = axes.iter().fold(0, |at, &(index, size)| {
+            at * u64::from(size) + u64::from(index)
+        });
+        element * 2
+    }
+
+    /// Compares a layout with `tensor(layer, plane, page, token, head)`: a region and the axes within it.
+    fn compare<const N: usize>(
+        layout: &KvLayout,
+        tensor: impl Fn(u32, u32, u32, u32, u32) -> (u32, [(u32, u32); N]),
+    ) {
+        for (l, layer) in (0..).zip(&layout.layers) {
+            for (p, plane) in (0..).zip(&layer.planes) {
+                for (page, token, head) in [
+                    (0, 0, 0),
+                    (1, 0, 0),
+                    (0, 1, 0),
+                    (0, 0, 1),
+                    (4, 3, 5),
+                    (2, 1, 4),
+                ] {
+                    let (region, axes) = tensor(l, p, page, token, head);
+                    assert_eq!(u32::from(plane.region), region);
+                    assert_eq!(head_offset(plane, page, token, 2 + head), row_major(&axes));
+                    assert_eq!(plane.head_bytes, 16);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn engines_shapes() {
+        // Sizes: 3 layers, 5 pages, 4 tokens, 6 heads, 8 elements.
+        compare(&SHAPE.vllm_flash(PAGES).unwrap(), |l, kv, p, t, h| {
+            (l, [(kv, 2), (p, 5), (t, 4), (h, 6), (0, 8)])
+        });
+        let flashinfer = |order| SHAPE.vllm_flashinfer(PAGES, order).unwrap();
+        compare(&flashinfer(HeadOrder::TokenMajor), |l, kv, p, t, h| {
+            (l, [(p, 5), (kv, 2), (t, 4), (h, 6), (0, 8)])
+        });
+        compare(&flashinfer(HeadOrder::HeadMajor), |l, kv, p, t, h| {
+            (l, [(p, 5), (kv, 2), (h, 6), (t, 4), (0, 8)])
+        });
+        compare(&SHAPE.sglang(PAGES).unwrap(), |l, kv, p, t, h| {
+            (kv * 3 + l, [(p * 4 + t, 20), (h, 6), (0, 8)])
+        });
+    }
+
+    #[test]
+    fn stacked_layers() {
+        use Arrangement::{Interleaved, KeysThenValues, Separate};
+        use HeadOrder::{HeadMajor, TokenMajor};
+        use Stacking::{LayerMajor, PageMajor};
+
+        let pool = |arrangement, order, stacking| {
+            SHAPE.layout(PAGES, arrangement, order, stacking).unwrap()
+        };
+        compare(
+            &pool(KeysThenValues, TokenMajor, LayerMajor),
+            |l, kv, p, t, h| (0, [(l, 3), (kv, 2), (p, 5), (t, 4), (h, 6), (0, 8)]),
+        );
+        compare(
+            &pool(KeysThenValues, TokenMajor, PageMajor),
+            |l, kv, p, t, h| (0, [(kv, 2), (p, 5), (l, 3), (t, 4), (h, 6), (0, 8)]),
+        );
+        compare(
+            &pool(Interleaved, HeadMajor, LayerMajor),
+            |l, kv, p, t, h| (0, [(l, 3), (p, 5), (kv, 2), (h, 6), (t, 4), (0, 8)]),
+        );
+        compare(
+            &pool(Interleaved, TokenMajor, PageMajor),
+            |l, kv, p, t, h| (0, [(p, 5), (l, 3), (kv, 2), (t, 4), (h, 6), (0, 8)]),
+        );
+        compare(&pool(Separate, TokenMajor, LayerMajor), |l, kv, p, t, h| {
+            (kv, [(l, 3), (p, 5), (t, 4), (h, 6), (0, 8)])
+        });
+        compare(&pool(Separate, HeadMajor, PageMajor), |l, kv, p, t, h| {
+            (kv, [(p, 5), (l, 3), (h, 6), (t, 4), (0, 8)])
+        });
+    }
+
+    /// Bytes of one token over all layers, as the models' papers and the engines' logs give them.
+    #[test]
+    fn models_take_the_known_room() {
+        let total = |layout: KvLayout| region_lengths(&layout).unwrap().iter().sum::<u64>();
+        for (model, bytes_per_token) in [
+            (models::LLAMA_3_1_8B, 128 << 10),
+            (models::LLAMA_3_1_70B, 320 << 10),
+            (models::QWEN3_32B, 256 << 10),
+            (models::QWEN3_235B_A22B, 188 << 10),
+            (models::DEEPSEEK_R1, 70_272),
+            (models::DEEPSEEK_R1_FP8, 35_136),
+        ] {
+            assert_eq!(models::Model::by_name(model.name), Some(&model));
+            let layout = |tp| {
+                let shape = model.shard(16, tp, tp - 1).unwrap();
+                if model.mla {
+                    shape.mla(10).unwrap()
+                } else {
+                    shape.vllm_flash(10).unwrap()
+                }
+            };
+            assert_eq!(total(layout(1)), bytes_per_token * 160);
+            let shard = if model.mla {
+                bytes_per_token
+            } else {
+                bytes_per_token / 2
+            };
+            assert_eq!(total(layout(2)), shard * 160);
+        }
+        assert_eq!(models::Model::by_name("no such"), None);
+    }
+
+    #[test]
+    fn impossible_shapes_are_refused() {
+        let refuse = |change: &dyn Fn(&mut KvShape)| {
+            let mut shape = SHAPE;
+            change(&mut shape);
+            for arrangement in [
+                Arrangement::KeysThenValues,
+                Arrangement::Separate,
+                Arrangement::Interleaved,
+            ] {
+                for stacking in [
+                    Stacking::RegionPerLayer,
+                    Stacking::LayerMajor,
+                    Stacking::PageMajor,
+                ] {
+                    let layout =
+                        shape.layout(u32::MAX, arrangement, HeadOrder::TokenMajor, stacking);
+                    assert!(layout.is_err(), "{shape:?}");
+                }
+            }
+        };
+        refuse(&|shape| shape.layers = 0);
+        refuse(&|shape| shape.layers = u32::MAX);
+        refuse(&|shape| shape.tokens_per_page = 0);
+        refuse(&|shape| shape.tokens_per_page = u32::MAX);
+        refuse(&|shape| shape.heads.count = 0);
+        refuse(&|shape| shape.heads.count = u32::MAX);
+        refuse(&|shape| shape.head_dim = 0);
+        refuse(&|shape| shape.head_dim = u32::MAX);
+        assert!(SHAPE.vllm_flash(0).is_err());
     }
 }

@@ -13,10 +13,10 @@ const PASSPHRASE_CONTEXT: &[u8] = b"kvpush control passphrase v1\0";
 /// 34): peers without the key can neither connect nor read or change a message, and recorded traffic stays secret
 /// even if the key leaks later. It protects the control connection only: what the fabric moves (RDMA writes) is
 /// neither encrypted nor authenticated by it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Auth(Mode);
 
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 enum Mode {
     Plaintext,
     Key([u8; 32]),

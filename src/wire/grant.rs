@@ -155,6 +155,11 @@ impl Grant {
         })
     }
 
+    /// All it says, the secret included.
+    pub(crate) fn fields(&self) -> &GrantFields {
+        &self.fields
+    }
+
     /// The endpoint that issued it.
     pub fn issuer(&self) -> Incarnation {
         self.fields.issuer

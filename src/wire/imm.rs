@@ -68,6 +68,11 @@ impl TailHeader {
         }
     }
 
+    /// The bytes to write in front of the payload.
+    pub(crate) fn to_bytes(self) -> [u8; Self::SIZE] {
+        zerocopy::transmute!(self)
+    }
+
     /// The payload in `buffer`, or nothing if it is of another generation or claims more than the buffer holds.
     pub(crate) fn payload(buffer: &[u8], generation: u32) -> Option<&[u8]> {
         let (header, rest) = Self::ref_from_prefix(buffer).ok()?;

@@ -11,6 +11,8 @@ mod auth;
 mod channel;
 mod codec;
 mod envelope;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod grant;
 mod ids;
 mod imm;

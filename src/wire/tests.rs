@@ -2,5 +2,6 @@
 
 mod grants;
 mod messages;
+mod smoke;
 
 pub(super) mod strategies;

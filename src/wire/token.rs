@@ -97,6 +97,11 @@ impl RegionToken {
         })
     }
 
+    /// All it says, the secret included.
+    pub(crate) fn fields(&self) -> &RegionTokenFields {
+        &self.fields
+    }
+
     /// The endpoint that issued it.
     pub fn issuer(&self) -> Incarnation {
         self.fields.issuer

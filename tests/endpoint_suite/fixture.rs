@@ -26,23 +26,33 @@ pub(crate) struct Fabric {
 }
 
 impl Fabric {
-    pub(crate) fn sim() -> Option<Self> {
-        let seed = seed();
-        selected(FabricKind::Sim)
-            .then(|| Self { kind: FabricKind::Sim, net: Some(SimNet::free_running(seed)) })
+    pub(crate) fn sim() -> Self {
+        Self {
+            kind: FabricKind::Sim,
+            net: Some(SimNet::free_running(seed())),
+        }
     }
 
-    pub(crate) fn tcp() -> Option<Self> {
-        selected(FabricKind::Tcp).then_some(Self { kind: FabricKind::Tcp, net: None })
+    pub(crate) fn tcp() -> Self {
+        Self {
+            kind: FabricKind::Tcp,
+            net: None,
+        }
     }
 
-    pub(crate) fn verbs() -> Option<Self> {
-        selected(FabricKind::Verbs).then_some(Self { kind: FabricKind::Verbs, net: None })
+    pub(crate) fn verbs() -> Self {
+        Self {
+            kind: FabricKind::Verbs,
+            net: None,
+        }
     }
 
     /// The builder of an endpoint of this fabric.
     pub(crate) fn builder(&self, name: &str) -> Builder {
-        let builder = Endpoint::builder().name(name).auth(key()).revoke_grace(Duration::from_secs(5));
+        let builder = Endpoint::builder()
+            .name(name)
+            .auth(key())
+            .revoke_grace(Duration::from_secs(5));
         match &self.net {
             Some(net) => builder.fabrics([]).device(net.device(name)),
             None => builder.fabrics([self.kind]),
@@ -51,8 +61,14 @@ impl Fabric {
 
     /// An endpoint with default settings.
     pub(crate) fn endpoint(&self, name: &str) -> Endpoint {
-        let endpoint = self.builder(name).bind("127.0.0.1:0").expect("start an endpoint");
-        assert!(endpoint.rails().all(|rail| rail.kind == self.kind), "the fabric under test");
+        let endpoint = self
+            .builder(name)
+            .bind("127.0.0.1:0")
+            .expect("start an endpoint");
+        assert!(
+            endpoint.rails().all(|rail| rail.kind == self.kind),
+            "the fabric under test"
+        );
         endpoint
     }
 
@@ -64,21 +80,6 @@ impl Fabric {
 
 pub(crate) fn key() -> Auth {
     Auth::psk([7; 32])
-}
-
-fn selected(kind: FabricKind) -> bool {
-    let require_rxe = std::env::var("KVPUSH_REQUIRE_RXE").as_deref() == Ok("1");
-    let chosen = match std::env::var("KVPUSH_TEST_FABRIC").as_deref() {
-        Err(_) => kind != FabricKind::Verbs || require_rxe,
-        Ok(name) => {
-            assert!(["sim", "tcp", "verbs"].contains(&name), "KVPUSH_TEST_FABRIC={name}");
-            name == kind.to_string()
-        }
-    };
-    if !chosen {
-        println!("SKIPPED: {kind} is not chosen by KVPUSH_TEST_FABRIC or KVPUSH_REQUIRE_RXE");
-    }
-    chosen
 }
 
 /// The seed of this run.
@@ -139,8 +140,9 @@ impl Cache {
         let cache = Self::poisoned(endpoint, layout);
         for (region, memory) in cache.memory.iter().enumerate() {
             let mut random = Random(seed ^ (region as u64) << 32);
-            let bytes: Vec<u8> =
-                (0..memory.length().div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).collect();
+            let bytes: Vec<u8> = (0..memory.length().div_ceil(8))
+                .flat_map(|_| random.next().to_le_bytes())
+                .collect();
             memory.write(0, &bytes[..memory.length() as usize]).unwrap();
         }
         cache
@@ -157,9 +159,18 @@ impl Cache {
                 memory
             })
             .collect();
-        let shared = memory.iter().map(|memory| Arc::clone(memory) as Arc<dyn Memory>).collect();
-        let pool = endpoint.register_pool(layout.clone(), shared).expect("register a pool");
-        Self { pool, layout: layout.clone(), memory }
+        let shared = memory
+            .iter()
+            .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
+            .collect();
+        let pool = endpoint
+            .register_pool(layout.clone(), shared)
+            .expect("register a pool");
+        Self {
+            pool,
+            layout: layout.clone(),
+            memory,
+        }
     }
 
     /// A copy of all bytes.

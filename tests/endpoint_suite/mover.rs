@@ -10,7 +10,13 @@ pub(crate) fn copy(
     heads: HeadRange,
 ) {
     for layer in 0..layout.layers.len() {
-        copy_layer((source_layout, source), (layout, destination), layer, pages, heads);
+        copy_layer(
+            (source_layout, source),
+            (layout, destination),
+            layer,
+            pages,
+            heads,
+        );
     }
 }
 
@@ -24,7 +30,11 @@ pub(crate) fn copy_layer(
 ) {
     let tokens = u64::from(layout.layers[layer].tokens_per_page);
     for to in &layout.layers[layer].planes {
-        let from = source_layout.layers[layer].planes.iter().find(|p| p.role == to.role).unwrap();
+        let from = source_layout.layers[layer]
+            .planes
+            .iter()
+            .find(|p| p.role == to.role)
+            .unwrap();
         for &(source_page, page) in pages {
             for token in 0..tokens {
                 for head in heads.first..heads.first + heads.count {

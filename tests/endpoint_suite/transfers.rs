@@ -24,21 +24,40 @@ use crate::{
 };
 
 pub(crate) fn shape(layers: u32, heads: HeadRange) -> KvShape {
-    KvShape { layers, tokens_per_page: 16, heads, head_dim: 32, dtype: Dtype::Bf16 }
+    KvShape {
+        layers,
+        tokens_per_page: 16,
+        heads,
+        head_dim: 32,
+        dtype: Dtype::Bf16,
+    }
 }
 
 pub(crate) fn plain(layers: u32, pages: u32) -> KvLayout {
-    shape(layers, HeadRange::new(0, 4)).vllm_flash(pages).unwrap()
+    shape(layers, HeadRange::new(0, 4))
+        .vllm_flash(pages)
+        .unwrap()
 }
 
 /// Pushes `from` to `arrival` in one piece, with `tail`.
-pub(crate) fn push(endpoint: &Endpoint, source: &Cache, arrival: &Arrival, from: &[u32], tail: &[u8]) {
+pub(crate) fn push(
+    endpoint: &Endpoint,
+    source: &Cache,
+    arrival: &Arrival,
+    from: &[u32],
+    tail: &[u8],
+) {
     let grant = Grant::decode(&arrival.grant().encode()).unwrap();
-    let push = endpoint.push_blocking(&source.pool, grant, LONG).expect("open");
+    let push = endpoint
+        .push_blocking(&source.pool, grant, LONG)
+        .expect("open");
     for layer in 0..source.layout.layers.len() {
         push.layer(layer, from).expect("push a layer");
     }
-    let report = push.finish_blocking(tail.to_vec(), LONG).expect("no hang").expect("finish");
+    let report = push
+        .finish_blocking(tail.to_vec(), LONG)
+        .expect("no hang")
+        .expect("finish");
     assert!(report.bytes > 0 && report.writes > 1);
 }
 
@@ -51,7 +70,10 @@ pub(crate) fn a_push_arrives_whole(fabric: &Fabric) {
     let arrival = destination.pool.grant("request-1", &to, LONG).unwrap();
     assert_eq!(destination.pool.granted_pages(), to.len());
     push(&prefill, &source, &arrival, &from, b"first token");
-    let tail = arrival.complete_blocking(LONG).expect("no hang").expect("complete");
+    let tail = arrival
+        .complete_blocking(LONG)
+        .expect("no hang")
+        .expect("complete");
     assert_eq!(&tail[..], b"first token");
     let mut expected = Cache::poisoned(&decode, &layout).bytes();
     let pages: Vec<_> = from.into_iter().zip(to).collect();
@@ -62,7 +84,11 @@ pub(crate) fn a_push_arrives_whole(fabric: &Fabric) {
         HeadRange::new(0, 4),
     );
     mover::assert_same(&destination.bytes(), &expected);
-    assert_eq!(destination.pool.granted_pages(), 0, "the pages are the caller's again");
+    assert_eq!(
+        destination.pool.granted_pages(),
+        0,
+        "the pages are the caller's again"
+    );
 }
 
 pub(crate) fn layers_become_ready_one_by_one(fabric: &Fabric) {
@@ -73,15 +99,30 @@ pub(crate) fn layers_become_ready_one_by_one(fabric: &Fabric) {
     let pages: Vec<u32> = (0..16).collect();
     let pairs: Vec<_> = pages.iter().map(|&page| (page, page)).collect();
     let arrival = destination.pool.grant("layers", &pages, LONG).unwrap();
-    let push = prefill.push_blocking(&source.pool, arrival.grant().clone(), LONG).unwrap();
+    let push = prefill
+        .push_blocking(&source.pool, arrival.grant().clone(), LONG)
+        .unwrap();
     let mut expected = destination.bytes();
     for layer in [2, 0, 4, 1, 3] {
-        assert_eq!(arrival.poll_layer(layer), None, "layer {layer} has not been pushed");
+        assert_eq!(
+            arrival.poll_layer(layer),
+            None,
+            "layer {layer} has not been pushed"
+        );
         push.layer(layer, &pages).unwrap();
-        arrival.layer_blocking(layer, LONG).expect("no hang").expect("ready");
+        arrival
+            .layer_blocking(layer, LONG)
+            .expect("no hang")
+            .expect("ready");
         let heads = HeadRange::new(0, 4);
         let from = source.bytes();
-        mover::copy_layer((&layout, &from), (&layout, &mut expected), layer, &pairs, heads);
+        mover::copy_layer(
+            (&layout, &from),
+            (&layout, &mut expected),
+            layer,
+            &pairs,
+            heads,
+        );
         mover::assert_same(&destination.bytes(), &expected);
     }
     assert_eq!(arrival.complete_layers(), 5);
@@ -98,19 +139,27 @@ pub(crate) fn chunks_arrive_in_any_order(fabric: &Fabric) {
     let mut random = Random(seed());
     let (from, to) = (random.distinct(33, 40), random.distinct(33, 40));
     let arrival = destination.pool.grant("chunks", &to, LONG).unwrap();
-    let push = prefill.push_blocking(&source.pool, arrival.grant().clone(), LONG).unwrap();
+    let push = prefill
+        .push_blocking(&source.pool, arrival.grant().clone(), LONG)
+        .unwrap();
     let mut chunks: Vec<(usize, usize, usize)> = (0..3)
         .flat_map(|layer| [(0, 1), (1, 7), (8, 8), (16, 16), (32, 1)].map(|(a, n)| (layer, a, n)))
         .collect();
     while !chunks.is_empty() {
         let (layer, first, count) = chunks.swap_remove(random.below(chunks.len() as u64) as usize);
-        push.layer_from(layer, first, &from[first..first + count]).unwrap();
+        push.layer_from(layer, first, &from[first..first + count])
+            .unwrap();
     }
     push.finish_blocking(&b"t"[..], LONG).unwrap().unwrap();
     arrival.complete_blocking(LONG).unwrap().unwrap();
     let mut expected = Cache::poisoned(&decode, &layout).bytes();
     let pages: Vec<_> = from.into_iter().zip(to).collect();
-    mover::copy((&layout, &source.bytes()), (&layout, &mut expected), &pages, HeadRange::new(0, 4));
+    mover::copy(
+        (&layout, &source.bytes()),
+        (&layout, &mut expected),
+        &pages,
+        HeadRange::new(0, 4),
+    );
     mover::assert_same(&destination.bytes(), &expected);
 }
 
@@ -151,7 +200,12 @@ pub(crate) fn random_layouts_arrive_exactly(fabric: &Fabric) {
         assert_eq!(&tail[..], &round.to_le_bytes());
         let mut expected = Cache::poisoned(&decode, &layout).bytes();
         let pages: Vec<_> = from.into_iter().zip(to).collect();
-        mover::copy((&source_layout, &source.bytes()), (&layout, &mut expected), &pages, heads);
+        mover::copy(
+            (&source_layout, &source.bytes()),
+            (&layout, &mut expected),
+            &pages,
+            heads,
+        );
         mover::assert_same(&destination.bytes(), &expected);
     }
 }
@@ -160,7 +214,14 @@ pub(crate) fn random_layouts_arrive_exactly(fabric: &Fabric) {
 fn reshard(fabric: &Fabric, kv_heads: u32, source_tp: u32, destination_tp: u32) {
     let layout_of = |tp, rank, pages, order| {
         let shape = shape(3, shard_heads(kv_heads, tp, rank).unwrap());
-        shape.layout(pages, Arrangement::KeysThenValues, order, Stacking::RegionPerLayer).unwrap()
+        shape
+            .layout(
+                pages,
+                Arrangement::KeysThenValues,
+                order,
+                Stacking::RegionPerLayer,
+            )
+            .unwrap()
     };
     let (from, to) = ([0, 3, 5, 6], [7, 2, 1, 0]);
     // The whole model's cache, of which every source rank holds its heads: what rank a cell comes from is visible.
@@ -178,12 +239,18 @@ fn reshard(fabric: &Fabric, kv_heads: u32, source_tp: u32, destination_tp: u32) 
         let layout = layout_of(destination_tp, rank, 10, HeadOrder::HeadMajor);
         let destination = Cache::poisoned(&decode, &layout);
         let mut expected = destination.bytes();
-        let mine: Vec<_> = pairs.iter().filter(|pair| pair.destination_rank == rank).collect();
+        let mine: Vec<_> = pairs
+            .iter()
+            .filter(|pair| pair.destination_rank == rank)
+            .collect();
         let arrivals: Vec<_> = mine
             .iter()
             .map(|pair| {
                 let options = GrantOptions::new("tp", LONG).heads(pair.heads);
-                destination.pool.grant_with(&to, options).expect("other heads of the same pages")
+                destination
+                    .pool
+                    .grant_with(&to, options)
+                    .expect("other heads of the same pages")
             })
             .collect();
         for (pair, arrival) in mine.iter().zip(&arrivals) {
@@ -230,14 +297,23 @@ pub(crate) fn a_latent_cache_arrives(fabric: &Fabric) {
     arrival.complete_blocking(LONG).unwrap().unwrap();
     let mut expected = Cache::poisoned(&decode, &layout).bytes();
     let pages: Vec<_> = from.into_iter().zip(to).collect();
-    mover::copy((&layout, &source.bytes()), (&layout, &mut expected), &pages, HeadRange::new(0, 1));
+    mover::copy(
+        (&layout, &source.bytes()),
+        (&layout, &mut expected),
+        &pages,
+        HeadRange::new(0, 1),
+    );
     mover::assert_same(&destination.bytes(), &expected);
 }
 
 /// Far more immediates and writes than receives, send-queue slots and gather elements: back-pressure, not errors.
 pub(crate) fn more_parts_than_receives(fabric: &Fabric) {
     let build = |name| {
-        let builder = fabric.builder(name).queue_depths(4, 4).max_sge(2).parts_per_layer(8);
+        let builder = fabric
+            .builder(name)
+            .queue_depths(4, 4)
+            .max_sge(2)
+            .parts_per_layer(8);
         builder.max_write(4096).bind("127.0.0.1:0").unwrap()
     };
     let (prefill, decode) = (build("prefill"), build("decode"));
@@ -251,7 +327,12 @@ pub(crate) fn more_parts_than_receives(fabric: &Fabric) {
     arrival.complete_blocking(LONG).unwrap().unwrap();
     let mut expected = Cache::poisoned(&decode, &layout).bytes();
     let pages: Vec<_> = from.into_iter().zip(to).collect();
-    mover::copy((&layout, &source.bytes()), (&layout, &mut expected), &pages, HeadRange::new(0, 4));
+    mover::copy(
+        (&layout, &source.bytes()),
+        (&layout, &mut expected),
+        &pages,
+        HeadRange::new(0, 4),
+    );
     mover::assert_same(&destination.bytes(), &expected);
 }
 
@@ -330,7 +411,10 @@ pub(crate) fn futures_of_any_runtime(fabric: &Fabric) {
             })
         });
         block_on(async {
-            let push = prefill.push(&source.pool, arrival.grant().clone()).await.unwrap();
+            let push = prefill
+                .push(&source.pool, arrival.grant().clone())
+                .await
+                .unwrap();
             push.layer(0, &[3, 4]).unwrap();
             push.layer(1, &[3, 4]).unwrap();
             push.finish("tail").await.unwrap();

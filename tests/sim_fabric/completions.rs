@@ -78,6 +78,8 @@ fn a_failed_lane_flushes_in_order_and_then_what_is_posted_to_it() {
     rig.a.context.post_receives(rig.lanes[0].0, 2).unwrap();
     let receives = rig.a.poll();
     assert_eq!(receives.len(), 2);
+    // What means nothing is garbage.
+    assert_ne!(receives[0].kind, receives[1].kind);
     assert!(receives.iter().all(|c| c.status == Status::Flushed));
     // It stays failed.
     rig.settle();
@@ -109,6 +111,12 @@ fn no_receive_makes_the_sender_wait_and_a_new_one_lets_it_go_on() {
     );
     rig.post(0, write(3, 50 * MTU, 64));
     rig.step_until(|rig| rig.net.stats().rnr_waits >= 20);
+    // Not a packet until the timer ends, whatever is posted.
+    rig.post(0, write(4, 50 * MTU, 64));
+    let packets = rig.net.stats().packets;
+    rig.net
+        .advance_to(rig.net.now() + SimConfig::default().rnr_timer - 1);
+    assert_eq!(rig.net.stats().packets, packets);
     let received = |rig: &mut Rig| {
         let kinds = rig.b.poll().into_iter().map(|c| (c.kind, c.status));
         kinds.collect::<Vec<_>>()
@@ -123,7 +131,8 @@ fn no_receive_makes_the_sender_wait_and_a_new_one_lets_it_go_on() {
     rig.settle();
     assert_eq!(received(&mut rig), imm(11));
     assert!(rig.same(0, 0, 3 * MTU) && rig.same(50 * MTU, 50 * MTU, 64));
-    assert_eq!(rig.a.sent(), [(2, Status::Success), (3, Status::Success)]);
+    let done: Vec<_> = (2..5).map(|id| (id, Status::Success)).collect();
+    assert_eq!(rig.a.sent(), done);
 }
 
 #[test]
@@ -387,4 +396,31 @@ fn a_device_serves_one_context() {
         matches!(error.kind, FabricErrorKind::Limit { .. }),
         "{error}"
     );
+}
+
+/// Whether the descriptor is readable now.
+fn readable(context: &dyn kvpush::fabric::Context) -> bool {
+    let mut wait = libc::pollfd {
+        fd: context.wait_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd.
+    unsafe { libc::poll(&mut wait, 1, 0) > 0 }
+}
+
+#[test]
+fn a_completion_wakes_an_armed_context_only() {
+    let mut rig = Rig::new(seeded(32), 1);
+    rig.post_imm(0, 1, 1);
+    assert!(rig.b.context.arm().unwrap());
+    assert!(!readable(rig.b.context.as_ref()));
+    rig.settle();
+    assert!(readable(rig.b.context.as_ref()));
+    assert!(!readable(rig.a.context.as_ref()), "not armed");
+    // Something is waiting, so there is no sleep.
+    assert!(!rig.b.context.arm().unwrap());
+    assert_eq!(rig.b.poll().len(), 1);
+    assert!(rig.b.context.arm().unwrap());
+    assert!(!readable(rig.b.context.as_ref()));
 }

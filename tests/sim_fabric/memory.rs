@@ -1,5 +1,7 @@
 //! Who may touch what, and until when.
 
+use std::sync::Arc;
+
 use kvpush::fabric::{
     Access, Device, FabricErrorKind, Opcode, RemoteKey, Sge, Status, WorkRequest,
 };
@@ -325,9 +327,24 @@ fn dropping_the_device_and_its_context_makes_its_memory_unreachable() {
     assert_eq!(a.sent(), [(1, Status::RetryExceeded)]);
     // A new device of that name is a new device, with other keys.
     let again = net.device("b");
+    let mut context = Arc::clone(&again).open_context(16).unwrap();
+    context.deregister(keys.mr).unwrap_err();
     // SAFETY: `memory` is dropped after `again`.
     let new = unsafe { again.register(memory.address(), SIZE as u64, Access::ALL) }.unwrap();
     assert_ne!(new.remote, keys.remote);
-    drop(again);
+    drop((again, context));
     drop(memory);
+}
+
+#[test]
+fn dropping_the_context_ends_its_lanes() {
+    let mut rig = Rig::new(seeded(17), 1);
+    rig.post(0, write(1, 0, 32 * MTU));
+    rig.step_until(|rig| rig.b.memory.byte(4 * MTU) != 0);
+    let other = rig.net.device("c").open_context(16).unwrap();
+    drop(std::mem::replace(&mut rig.b.context, other));
+    let before = rig.b.memory.bytes(0, SIZE);
+    rig.settle();
+    assert!(rig.b.memory.bytes(0, SIZE) == before);
+    assert_eq!(rig.a.sent(), [(1, Status::RetryExceeded)]);
 }

@@ -23,11 +23,15 @@ pub(crate) const LANE: LaneConfig = LaneConfig {
     max_inline: 64,
 };
 
-/// Memory that a device may change at any time. These tests have one thread, and take no reference to the bytes.
+/// Memory that a device may change at any time. No reference to the bytes is taken, and threads touch them only when
+/// the fabric says that it is their turn.
 pub(crate) struct Memory {
     base: *mut u8,
     size: usize,
 }
+
+// SAFETY: it owns its bytes.
+unsafe impl Send for Memory {}
 
 impl Memory {
     pub(crate) fn new(size: usize) -> Self {

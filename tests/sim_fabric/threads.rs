@@ -90,10 +90,19 @@ fn join(
 
 impl Party {
     fn push(&mut self, round: u32) {
+        self.post(round, Opcode::WriteImm(round));
+    }
+
+    /// The peer's context learns nothing of it.
+    fn push_quietly(&mut self, round: u32) {
+        self.post(round, Opcode::Write);
+    }
+
+    fn post(&mut self, round: u32, opcode: Opcode) {
         self.memory.fill(round as u8);
         let request = WorkRequest {
             id: round.into(),
-            opcode: Opcode::WriteImm(round),
+            opcode,
             remote_address: self.peer.1,
             remote_key: self.peer.2,
             first_sge: 0,
@@ -217,4 +226,26 @@ fn a_write_before_the_peer_is_connected_waits_for_it() {
     assert_eq!(wait(party.context.as_mut(), 1)[0].status, Status::Success);
     drop(context);
     drop(memory);
+}
+
+#[test]
+fn nobody_sleeps_while_something_is_to_happen() {
+    let net = SimNet::free_running(55);
+    let (to_b, from_a) = mpsc::channel();
+    let (to_a, from_b) = mpsc::channel();
+    let mut idle = net.device("idle").open_context(16).unwrap();
+    let other = net.clone();
+    let b = thread::spawn(move || join(&other, "b", &LANE, to_a, from_a));
+    let mut a = join(&net, "a", &LANE, to_b, from_b);
+    let b = b.join().unwrap();
+    for round in 0..40 {
+        a.push_quietly(round);
+    }
+    let mut refused = 0;
+    while !idle.arm().unwrap() {
+        refused += 1;
+    }
+    assert!(refused > 0);
+    assert_eq!(net.next_event(), None);
+    assert_eq!(b.memory.bytes(0, SIZE), [39; SIZE]);
 }

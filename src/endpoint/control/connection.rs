@@ -61,6 +61,8 @@ pub(super) struct Connection {
     pub(super) deadline: Option<Instant>,
     pub(super) readable: bool,
     pub(super) writable: bool,
+    /// Whether it is already in the loop's list of those with something to do.
+    pub(super) scheduled: bool,
     /// Messages that wait for the handshake. They are not in the channel, because another address has another.
     pub(super) early: Early,
     pub(super) budget: Arc<Budget>,
@@ -112,6 +114,7 @@ impl Connection {
             deadline: Some(deadline),
             readable: false,
             writable: false,
+            scheduled: false,
             early: Early::default(),
             budget,
             channel,
@@ -166,10 +169,10 @@ impl Connection {
         }
         self.out.append(&mut self.channel.take_output());
         let mut result = self.read(scratch, sink);
-        if matches!(result, Turn::Wait | Turn::Again) {
-            if let Err(error) = self.flush() {
-                result = self.broken(&error);
-            }
+        if matches!(result, Turn::Wait | Turn::Again)
+            && let Err(error) = self.flush()
+        {
+            result = self.broken(&error);
         }
         if self.phase == Phase::Flushing
             && matches!(result, Turn::Wait | Turn::Again)

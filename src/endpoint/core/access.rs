@@ -13,17 +13,13 @@ use super::{
     timers::Timer,
 };
 use crate::{
-    endpoint::{
-        AccessError, PeerError,
-        control::ConnId,
-        shared::AccessShared,
-    },
+    endpoint::{AccessError, PeerError, control::ConnId, shared::AccessShared},
     fabric::{Opcode, RemoteKey, Sge},
     memory::Region,
     protocol::Time,
     wire::{
-        Digest, GoodbyeCode, Message, Nonce, OpenRegion, RefuseCode, RegionAccept, RegionKey, RegionRefuse,
-        RegionToken,
+        Digest, GoodbyeCode, Message, Nonce, OpenRegion, RefuseCode, RegionAccept, RegionKey,
+        RegionRefuse, RegionToken,
     },
 };
 
@@ -95,7 +91,14 @@ impl AccessEntry {
 
     /// The request for the bytes from `done`; nothing if those were all.
     pub(super) fn piece(&self, done: u64, rail: usize, remote_rail: u8) -> Option<Piece> {
-        let AccessOp::Move { read, local, local_offset, remote, remote_offset, length } = &self.op
+        let AccessOp::Move {
+            read,
+            local,
+            local_offset,
+            remote,
+            remote_offset,
+            length,
+        } = &self.op
         else {
             return None;
         };
@@ -130,18 +133,17 @@ impl Core {
         access.deadline = self.now + access.timeout;
         self.timers.at(Some(access.deadline), Timer::Access(id));
         let conn = match access.op {
-            AccessOp::Open => {
-                self.session_to(access.token.issuer(), access.token.addresses(), access.timeout)
-            }
+            AccessOp::Open => self.session_to(
+                access.token.issuer(),
+                access.token.addresses(),
+                access.timeout,
+            ),
             // The keys belong to the session that learnt them; without it they lead nowhere.
             AccessOp::Move { .. } => match self.dialled.get(&access.token.issuer()) {
                 Some(&conn) => conn,
                 None => {
-                    let error = PeerError::Control {
-                        peer: access.token.addresses().join(", "),
-                        detail: "the session has ended; open the region again".to_owned(),
-                        retryable: true,
-                    };
+                    let peer = access.token.addresses().join(", ");
+                    let error = PeerError::NoSession { peer };
                     access.shared.finish(Err(error.into()));
                     return;
                 }
@@ -150,10 +152,14 @@ impl Core {
         access.conn = Some(conn);
         let moving = matches!(access.op, AccessOp::Move { .. });
         self.accesses.insert(id, access);
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         if moving && session.phase == Phase::Ready {
             let lane = usize::from(session.least_loaded());
-            session.lanes[lane].queue.push_back(Task::Access { access: id });
+            session.lanes[lane]
+                .queue
+                .push_back(Task::Access { access: id });
             self.pump(conn, lane);
         } else if session.phase != Phase::Connecting {
             self.send_region_open(conn, id);
@@ -168,7 +174,9 @@ impl Core {
     }
 
     fn send_region_open(&mut self, conn: ConnId, id: u64) {
-        let Some(access) = self.accesses.get(&id) else { return };
+        let Some(access) = self.accesses.get(&id) else {
+            return;
+        };
         let open = OpenRegion {
             request: id,
             region: access.token.region(),
@@ -180,18 +188,25 @@ impl Core {
 
     /// A peer asks for the keys of an exported region.
     pub(super) fn open_region(&mut self, conn: ConnId, open: &OpenRegion) {
-        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
         if session.phase != Phase::Ready {
             return;
         }
         let request = open.request;
         let refuse = |code, detail: &str| {
-            Message::RegionRefuse(RegionRefuse { request, code, detail: detail.to_owned() })
+            Message::RegionRefuse(RegionRefuse {
+                request,
+                code,
+                detail: detail.to_owned(),
+            })
         };
         let message = match self.exports.get(&open.region) {
-            _ if open.incarnation != self.incarnation => {
-                refuse(RefuseCode::WrongIncarnation, "the endpoint has restarted since")
-            }
+            _ if open.incarnation != self.incarnation => refuse(
+                RefuseCode::WrongIncarnation,
+                "the endpoint has restarted since",
+            ),
             Some(export) if Digest(export.nonce).matches(&Digest(open.nonce)) => {
                 let mut rails: Vec<usize> = session.lanes.iter().map(|lane| lane.rail).collect();
                 rails.sort_unstable();
@@ -204,17 +219,26 @@ impl Core {
                     keys: region_keys(&export.region, &rails),
                 })
             }
-            _ => refuse(RefuseCode::UnknownGrant, "no such region, or it has been withdrawn"),
+            _ => refuse(
+                RefuseCode::UnknownGrant,
+                "no such region, or it has been withdrawn",
+            ),
         };
         self.send(conn, &message);
     }
 
     pub(super) fn region_accepted(&mut self, conn: ConnId, accept: RegionAccept) {
         let id = accept.request;
-        if !self.accesses.get(&id).is_some_and(|access| access.conn == Some(conn)) {
+        if !self
+            .accesses
+            .get(&id)
+            .is_some_and(|access| access.conn == Some(conn))
+        {
             return;
         }
-        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
         let reached = session
             .lanes
             .iter()
@@ -228,28 +252,43 @@ impl Core {
                 && access.token.can_read() == accept.read
                 && access.token.can_write() == accept.write;
             if matches {
-                access.shared.keys.update(|keys| *keys = Some(Arc::new(accept.keys)));
+                access
+                    .shared
+                    .keys
+                    .update(|keys| *keys = Some(Arc::new(accept.keys)));
                 access.shared.finish(Ok(()));
             } else {
                 let detail = "the token does not say what the owner exports".to_owned();
-                access.shared.finish(Err(AccessError::Refused { code: RefuseCode::Other, detail }));
+                access.shared.finish(Err(AccessError::Refused {
+                    code: RefuseCode::Other,
+                    detail,
+                }));
             }
         }
     }
 
     pub(super) fn region_refused(&mut self, conn: ConnId, refuse: RegionRefuse) {
-        if !self.accesses.get(&refuse.request).is_some_and(|access| access.conn == Some(conn)) {
+        if !self
+            .accesses
+            .get(&refuse.request)
+            .is_some_and(|access| access.conn == Some(conn))
+        {
             return;
         }
         if let Some(access) = self.accesses.remove(&refuse.request) {
-            let error = AccessError::Refused { code: refuse.code, detail: refuse.detail };
+            let error = AccessError::Refused {
+                code: refuse.code,
+                detail: refuse.detail,
+            };
             access.shared.finish(Err(error));
         }
     }
 
     /// Requests of an access have completed.
     pub(super) fn access_retired(&mut self, id: u64, requests: u32) {
-        let Some(access) = self.accesses.get_mut(&id) else { return };
+        let Some(access) = self.accesses.get_mut(&id) else {
+            return;
+        };
         access.in_flight = access.in_flight.saturating_sub(requests.into());
         if access.in_flight == 0 && access.wholly_posted {
             if let Some(access) = self.accesses.remove(&id) {
@@ -259,7 +298,9 @@ impl Core {
     }
 
     pub(super) fn access_timer(&mut self, id: u64) {
-        let Some(access) = self.accesses.get(&id) else { return };
+        let Some(access) = self.accesses.get(&id) else {
+            return;
+        };
         if access.deadline > self.now {
             return;
         }
@@ -269,22 +310,33 @@ impl Core {
             let Some((conn, session)) = conn.and_then(|c| Some((c, self.sessions.get(&c)?))) else {
                 return;
             };
-            let error = PeerError::Silent { peer: session.name(), waited };
+            let error = PeerError::Silent {
+                peer: session.name(),
+                waited,
+            };
             if let Some(access) = self.accesses.get_mut(&id) {
                 access.wholly_posted = false;
             }
-            self.end_session(conn, error, Some((GoodbyeCode::Timeout, "access not completed")));
+            self.end_session(
+                conn,
+                error,
+                Some((GoodbyeCode::Timeout, "access not completed")),
+            );
         } else if let Some(access) = self.accesses.remove(&id) {
             access.shared.finish(Err(AccessError::Expired));
         }
     }
 
-    /// The lanes of `session` are gone: accesses through them fail.
-    pub(super) fn stop_accesses(&mut self, _session: &Session, error: &PeerError) {
+    /// A session is gone, and with it its lanes: accesses through them fail.
+    pub(super) fn stop_accesses(&mut self, error: &PeerError) {
         let gone: Vec<u64> = self
             .accesses
             .iter()
-            .filter(|(_, access)| access.conn.is_none_or(|conn| !self.sessions.contains_key(&conn)))
+            .filter(|(_, access)| {
+                access
+                    .conn
+                    .is_none_or(|conn| !self.sessions.contains_key(&conn))
+            })
             .map(|(&id, _)| id)
             .collect();
         for id in gone {
@@ -301,7 +353,9 @@ impl Core {
     }
 
     pub(super) fn has_accesses(&self, conn: ConnId) -> bool {
-        self.accesses.values().any(|access| access.conn == Some(conn))
+        self.accesses
+            .values()
+            .any(|access| access.conn == Some(conn))
     }
 
     fn accesses_of(&self, conn: ConnId) -> Vec<u64> {

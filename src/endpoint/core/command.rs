@@ -6,7 +6,10 @@ use bytes::Bytes;
 
 use super::{AccessEntry, ArrivalEntry, ExportRecord, PushEntry};
 use crate::{
-    endpoint::{control::ConnId, shared::PoolRecord},
+    endpoint::{
+        control::{CloseReason, ConnId},
+        shared::PoolRecord,
+    },
     memory::Region,
     wire::{GrantId, PoolId},
 };
@@ -54,11 +57,7 @@ pub(crate) enum ControlEvent {
     /// A message.
     Message { conn: ConnId, bytes: Vec<u8> },
     /// The connection is gone, or could not be made.
-    Closed {
-        conn: ConnId,
-        detail: String,
-        retryable: bool,
-    },
+    Closed { conn: ConnId, reason: CloseReason },
 }
 
 /// Control connections, as a core uses them. Calls do not block; what cannot be done is reported as

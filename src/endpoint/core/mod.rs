@@ -50,7 +50,9 @@ use super::{
     shared::{PoolRecord, TailArena},
 };
 use crate::{
-    fabric::{Completion, CompletionKind, Context, Device, FabricError, FabricKind, LaneId, Status},
+    fabric::{
+        Completion, CompletionKind, Context, Device, FabricError, FabricKind, LaneId, Status,
+    },
     protocol::Time,
     wire::{Goodbye, GoodbyeCode, Incarnation, Message, PoolId},
 };
@@ -165,19 +167,28 @@ impl Core {
 
     /// The contexts, for waiting on them.
     pub(crate) fn contexts(&mut self) -> impl Iterator<Item = &mut Box<dyn Context>> {
-        self.rails.iter_mut().filter(|rail| !rail.dead).map(|rail| &mut rail.context)
+        self.rails
+            .iter_mut()
+            .filter(|rail| !rail.dead)
+            .map(|rail| &mut rail.context)
     }
 
     /// Requests in flight or queued, arrivals and pushes not ended: whether a poll soon is worth the effort.
     pub(crate) fn is_busy(&self) -> bool {
-        self.sessions.values().any(|session| session.lanes.iter().any(session::Lane::is_busy))
+        self.sessions
+            .values()
+            .any(|session| session.lanes.iter().any(session::Lane::is_busy))
     }
 
     /// Ends everything: sessions are told, lanes fenced, all waiting callers answered.
     pub(crate) fn shutdown(&mut self) {
         let conns: Vec<_> = self.sessions.keys().copied().collect();
         for conn in conns {
-            self.end_session(conn, PeerError::Closed, Some((GoodbyeCode::Shutdown, "shut down")));
+            self.end_session(
+                conn,
+                PeerError::Closed,
+                Some((GoodbyeCode::Shutdown, "shut down")),
+            );
         }
         self.close_arrivals();
         self.close_pushes();
@@ -191,13 +202,20 @@ impl Core {
             }
             Command::ReleasePool(pool) => {
                 if let Some(pool) = self.pools.remove(&pool) {
-                    pool.regions.iter().for_each(|region| self.deregister(region));
+                    pool.regions
+                        .iter()
+                        .for_each(|region| self.deregister(region));
                 }
             }
             Command::AddGrant(entry) => self.add_grant(*entry),
             Command::Revoke(id) => self.revoke(id),
             Command::OpenPush(entry) => self.open_push(*entry),
-            Command::Pages { push, layer, first, pages } => self.queue_pages(push, layer, first, pages),
+            Command::Pages {
+                push,
+                layer,
+                first,
+                pages,
+            } => self.queue_pages(push, layer, first, pages),
             Command::Finish { push, tail } => self.finish_push(push, &tail),
             Command::Cancel { push } => self.cancel_push(push),
             Command::Deregister(region) => self.deregister(&region),
@@ -222,23 +240,33 @@ impl Core {
                 Ok(message) => self.message(conn, message),
                 Err(error) => self.violation(conn, &error.to_string()),
             },
-            ControlEvent::Closed { conn, detail, retryable } => {
-                let Some(session) = self.sessions.get(&conn) else { return };
-                let error = PeerError::Control { peer: session.name(), detail, retryable };
+            ControlEvent::Closed { conn, reason } => {
+                let Some(session) = self.sessions.get(&conn) else {
+                    return;
+                };
+                let error = PeerError::Control {
+                    peer: session.name(),
+                    reason,
+                };
                 self.end_session(conn, error, None);
             }
         }
     }
 
     fn message(&mut self, conn: ConnId, message: Message) {
-        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
         let peer = session.name();
         match (session.role, message) {
             (_, Message::Ping { nonce }) => self.send(conn, &Message::Pong { nonce }),
             (_, Message::Pong { .. }) => {}
             (_, Message::Goodbye(goodbye)) => {
-                let error =
-                    PeerError::Goodbye { peer, code: goodbye.code, detail: goodbye.detail };
+                let error = PeerError::Goodbye {
+                    peer,
+                    code: goodbye.code,
+                    detail: goodbye.detail,
+                };
                 self.end_session(conn, error, None);
             }
             (Role::Dialler, Message::HelloAck(ack)) => self.hello_ack(conn, ack),
@@ -257,7 +285,10 @@ impl Core {
             (Role::Acceptor, Message::Cancel(cancel)) => self.given_up(conn, cancel),
             (Role::Acceptor, Message::OpenRegion(open)) => self.open_region(conn, &open),
             (role, message) => {
-                self.violation(conn, &format!("{} does not go to the {role:?}", message.name()));
+                self.violation(
+                    conn,
+                    &format!("{} does not go to the {role:?}", message.name()),
+                );
             }
         }
     }
@@ -287,7 +318,9 @@ impl Core {
 
     fn completion(&mut self, rail: usize, completion: &Completion) {
         // A lane that was fenced between the poll and now has no entry any more.
-        let Some(&(conn, lane)) = self.lanes.get(&(rail, completion.lane)) else { return };
+        let Some(&(conn, lane)) = self.lanes.get(&(rail, completion.lane)) else {
+            return;
+        };
         if completion.status != Status::Success {
             self.lane_failed(conn, lane, completion);
             return;
@@ -299,8 +332,12 @@ impl Core {
     }
 
     fn lane_failed(&mut self, conn: ConnId, lane: usize, completion: &Completion) {
-        let Some(session) = self.sessions.get(&conn) else { return };
-        let Some(lane) = session.lanes.get(lane) else { return };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
+        let Some(lane) = session.lanes.get(lane) else {
+            return;
+        };
         let info = self.rails[lane.rail].device.info();
         let error = PeerError::Lane {
             peer: session.name(),
@@ -326,16 +363,24 @@ impl Core {
             .collect();
         tracing::error!(%error, sessions = conns.len(), "rail failed");
         for (conn, peer) in conns {
-            let error = PeerError::Fabric { peer, source: error.clone() };
+            let error = PeerError::Fabric {
+                peer,
+                source: error.clone(),
+            };
             self.end_session(conn, error, Some((GoodbyeCode::Error, "rail failed")));
         }
     }
 
     /// The peer broke the protocol: it is not to be trusted any more.
     fn violation(&mut self, conn: ConnId, detail: &str) {
-        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
         tracing::warn!(peer = session.name(), detail, "protocol violation");
-        let error = PeerError::Protocol { peer: session.name(), detail: detail.to_owned() };
+        let error = PeerError::Protocol {
+            peer: session.name(),
+            detail: detail.to_owned(),
+        };
         self.end_session(conn, error, Some((GoodbyeCode::Protocol, detail)));
     }
 
@@ -346,10 +391,18 @@ impl Core {
         error: PeerError,
         goodbye: Option<(GoodbyeCode, &str)>,
     ) {
-        let Some(mut session) = self.sessions.remove(&conn) else { return };
+        let Some(mut session) = self.sessions.remove(&conn) else {
+            return;
+        };
         tracing::debug!(peer = session.name(), %error, "session ends");
         if let Some((code, detail)) = goodbye {
-            self.send(conn, &Message::Goodbye(Goodbye { code, detail: detail.to_owned() }));
+            self.send(
+                conn,
+                &Message::Goodbye(Goodbye {
+                    code,
+                    detail: detail.to_owned(),
+                }),
+            );
         }
         self.control.close(conn);
         self.dialled.retain(|_, &mut dialled| dialled != conn);
@@ -357,8 +410,9 @@ impl Core {
         self.destroy_lanes(&mut session.lanes);
         match session.role {
             Role::Dialler => {
+                // First, because abandoned requests would otherwise look like completed accesses.
+                self.stop_accesses(&error);
                 self.stop_pushes(&mut session, &error);
-                self.stop_accesses(&session, &error);
             }
             Role::Acceptor => self.stop_arrivals(&session, &error),
         }

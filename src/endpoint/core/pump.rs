@@ -49,10 +49,19 @@ pub(super) enum Task {
 #[derive(Debug)]
 pub(super) enum Current {
     /// The lane's plan, from write `next` on.
-    Pages { push: u64, next: usize, completes: Option<u32> },
-    Tail { push: u64 },
+    Pages {
+        push: u64,
+        next: usize,
+        completes: Option<u32>,
+    },
+    Tail {
+        push: u64,
+    },
     /// From byte `done` on.
-    Access { access: u64, done: u64 },
+    Access {
+        access: u64,
+        done: u64,
+    },
 }
 
 /// Buffers that are used again.
@@ -75,9 +84,13 @@ struct Work<'a> {
 impl Core {
     /// Posts what can be posted on `lane`.
     pub(super) fn pump(&mut self, conn: ConnId, lane: usize) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         let peer = session.name();
-        let Some(lane) = session.lanes.get_mut(lane) else { return };
+        let Some(lane) = session.lanes.get_mut(lane) else {
+            return;
+        };
         if lane.current.is_none() && lane.queue.is_empty() {
             return;
         }
@@ -89,20 +102,31 @@ impl Core {
         };
         if let Err(source) = work.run(lane) {
             let error = crate::endpoint::PeerError::Fabric { peer, source };
-            self.end_session(conn, error, Some((crate::wire::GoodbyeCode::Error, "post failed")));
+            self.end_session(
+                conn,
+                error,
+                Some((crate::wire::GoodbyeCode::Error, "post failed")),
+            );
         }
     }
 
     /// A signalled request and all before it have completed.
     pub(super) fn sent(&mut self, conn: ConnId, index: usize, id: u64) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
-        let Some(lane) = session.lanes.get_mut(index) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
+        let Some(lane) = session.lanes.get_mut(index) else {
+            return;
+        };
         let mut retired = std::mem::take(&mut self.scratch.retired);
         retired.clear();
         let Some(count) = lane.ledger.complete(id, |batch| retired.push(batch)) else {
             // A device that completes what was not posted is not to be trusted with memory.
             self.scratch.retired = retired;
-            self.violation(conn, &format!("completion {id} of a request that is not in flight"));
+            self.violation(
+                conn,
+                &format!("completion {id} of a request that is not in flight"),
+            );
             return;
         };
         lane.send.retire(count);
@@ -117,7 +141,9 @@ impl Core {
     pub(super) fn retire(&mut self, batch: Batch<Owner>) {
         match batch.owner {
             Owner::Push(id) => {
-                let Some(push) = self.pushes.get_mut(&id) else { return };
+                let Some(push) = self.pushes.get_mut(&id) else {
+                    return;
+                };
                 let action = push.machine.retired(batch.requests);
                 self.push_action(id, action);
             }
@@ -147,8 +173,18 @@ impl Work<'_> {
     fn next_task(&mut self, lane: &mut Lane) -> bool {
         while let Some(task) = lane.queue.pop_front() {
             match task {
-                Task::Pages { push: id, layer, first, source, from, count, completes } => {
-                    let Some(push) = self.pushes.get_mut(&id) else { continue };
+                Task::Pages {
+                    push: id,
+                    layer,
+                    first,
+                    source,
+                    from,
+                    count,
+                    completes,
+                } => {
+                    let Some(push) = self.pushes.get_mut(&id) else {
+                        continue;
+                    };
                     if !push.machine.may_post() {
                         continue;
                     }
@@ -157,13 +193,20 @@ impl Work<'_> {
                     let pages = source
                         .get(from..from + count)
                         .zip(push.grant.pages().get(first..first + count));
-                    let planned = pages.zip(push.planner.as_ref()).map(|((source, to), planner)| {
-                        planner.plan(layer, source, to, &mut lane.plan)
-                    });
+                    let planned =
+                        pages
+                            .zip(push.planner.as_ref())
+                            .map(|((source, to), planner)| {
+                                planner.plan(layer, source, to, &mut lane.plan)
+                            });
                     // Pages and layers were checked when they were handed over, and the peer's layout when the push
                     // was opened.
                     debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
-                    lane.current = Some(Current::Pages { push: id, next: 0, completes });
+                    lane.current = Some(Current::Pages {
+                        push: id,
+                        next: 0,
+                        completes,
+                    });
                 }
                 Task::Tail { push } => lane.current = Some(Current::Tail { push }),
                 Task::Access { access } => lane.current = Some(Current::Access { access, done: 0 }),
@@ -177,7 +220,11 @@ impl Work<'_> {
     fn fill(&mut self, lane: &mut Lane) -> Result<bool, FabricError> {
         match lane.current {
             None => Ok(true),
-            Some(Current::Pages { push, next, completes }) => self.fill_pages(lane, push, next, completes),
+            Some(Current::Pages {
+                push,
+                next,
+                completes,
+            }) => self.fill_pages(lane, push, next, completes),
             Some(Current::Tail { push }) => self.fill_tail(lane, push),
             Some(Current::Access { access, done }) => self.fill_access(lane, access, done),
         }
@@ -193,14 +240,22 @@ impl Work<'_> {
         let total = lane.plan.writes.len();
         while next < total {
             // Looked up again after each flush, which needs the pushes too.
-            let Some(push) = self.pushes.get(&id) else { return Ok(true) };
-            let Some(targets) = push.targets(lane.remote_rail) else { return Ok(true) };
+            let Some(push) = self.pushes.get(&id) else {
+                return Ok(true);
+            };
+            let Some(targets) = push.targets(lane.remote_rail) else {
+                return Ok(true);
+            };
             let source = Arc::clone(&push.source);
             let targets = Arc::clone(targets);
             while next < total && self.scratch.requests.len() < BATCH {
                 let imm = completes.filter(|_| next + 1 == total);
                 if !lane.send.take(1, imm.is_some().into()) {
-                    lane.current = Some(Current::Pages { push: id, next, completes });
+                    lane.current = Some(Current::Pages {
+                        push: id,
+                        next,
+                        completes,
+                    });
                     return Ok(false);
                 }
                 let write = lane.plan.writes[next];
@@ -232,7 +287,11 @@ impl Work<'_> {
                 next += 1;
             }
             if self.scratch.requests.len() >= BATCH {
-                lane.current = Some(Current::Pages { push: id, next, completes });
+                lane.current = Some(Current::Pages {
+                    push: id,
+                    next,
+                    completes,
+                });
                 self.flush(lane)?;
             }
         }
@@ -243,7 +302,9 @@ impl Work<'_> {
     }
 
     fn fill_tail(&mut self, lane: &mut Lane, id: u64) -> Result<bool, FabricError> {
-        let Some(push) = self.pushes.get_mut(&id) else { return Ok(true) };
+        let Some(push) = self.pushes.get_mut(&id) else {
+            return Ok(true);
+        };
         if !push.machine.may_post() {
             return Ok(true);
         }
@@ -256,7 +317,11 @@ impl Work<'_> {
         push.machine.dequeue();
         let imm = push.imm(push.blocks_tail());
         let first_sge = self.scratch.sges.len() as u32;
-        self.scratch.sges.push(Sge { address, length, key });
+        self.scratch.sges.push(Sge {
+            address,
+            length,
+            key,
+        });
         self.request(
             lane,
             Owner::Push(id),
@@ -275,10 +340,19 @@ impl Work<'_> {
         Ok(true)
     }
 
-    fn fill_access(&mut self, lane: &mut Lane, id: u64, mut done: u64) -> Result<bool, FabricError> {
+    fn fill_access(
+        &mut self,
+        lane: &mut Lane,
+        id: u64,
+        mut done: u64,
+    ) -> Result<bool, FabricError> {
         loop {
-            let Some(access) = self.accesses.get(&id) else { return Ok(true) };
-            let Some(piece) = access.piece(done, lane.rail, lane.remote_rail) else { break };
+            let Some(access) = self.accesses.get(&id) else {
+                return Ok(true);
+            };
+            let Some(piece) = access.piece(done, lane.rail, lane.remote_rail) else {
+                break;
+            };
             if self.scratch.requests.len() >= BATCH {
                 lane.current = Some(Current::Access { access: id, done });
                 self.flush(lane)?;
@@ -323,16 +397,25 @@ impl Work<'_> {
                 last.requests += 1;
                 last.bytes += bytes;
             }
-            _ => self.scratch.batches.push(Batch { owner, requests: 1, bytes }),
+            _ => self.scratch.batches.push(Batch {
+                owner,
+                requests: 1,
+                bytes,
+            }),
         }
     }
 
     /// Posts the batch. Its last request is signalled, so everything posted is covered by a completion to come.
     fn flush(&mut self, lane: &mut Lane) -> Result<(), FabricError> {
-        let Some(last) = self.scratch.requests.last_mut() else { return Ok(()) };
+        let Some(last) = self.scratch.requests.last_mut() else {
+            return Ok(());
+        };
         last.signaled = true;
         lane.unsignalled = 0;
-        let result = self.rail.context.post(lane.id, &self.scratch.requests, &self.scratch.sges);
+        let result = self
+            .rail
+            .context
+            .post(lane.id, &self.scratch.requests, &self.scratch.sges);
         let mut posted = match &result {
             Ok(()) => self.scratch.requests.len(),
             Err(error) => error.posted.min(self.scratch.requests.len()),

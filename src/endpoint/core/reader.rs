@@ -68,7 +68,9 @@ impl Drop for ArrivalEntry {
     fn drop(&mut self) {
         // Also reached when the command that carries it is never looked at, because the driver is gone.
         self.shared.signal.update(|state| {
-            state.end.get_or_insert(Err(ArrivalError::Peer(PeerError::Closed)));
+            state
+                .end
+                .get_or_insert(Err(ArrivalError::Peer(PeerError::Closed)));
         });
     }
 }
@@ -77,12 +79,15 @@ impl Core {
     pub(super) fn add_grant(&mut self, mut entry: ArrivalEntry) {
         entry.machine = ArrivalMachine::new(self.now + entry.valid_for, self.config.revoke_grace);
         let slot = entry.grant.id().slot;
-        self.timers.at(entry.machine.next_deadline(), Timer::Arrival(slot));
+        self.timers
+            .at(entry.machine.next_deadline(), Timer::Arrival(slot));
         self.arrivals.insert(slot, entry);
     }
 
     pub(super) fn revoke(&mut self, id: GrantId) {
-        let Some(arrival) = self.arrivals.get_mut(&id.slot) else { return };
+        let Some(arrival) = self.arrivals.get_mut(&id.slot) else {
+            return;
+        };
         if arrival.grant.id() == id {
             let action = arrival.machine.revoke(self.now);
             self.arrival_action(id.slot, action);
@@ -91,14 +96,18 @@ impl Core {
 
     pub(super) fn arrival_timer(&mut self, slot: u32) {
         // A timer of an earlier user of the slot finds the machine of the next one, which knows its own deadline.
-        let Some(arrival) = self.arrivals.get_mut(&slot) else { return };
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return;
+        };
         let action = arrival.machine.tick(self.now);
         self.arrival_action(slot, action);
     }
 
     /// A peer offers lanes: connect them, or say why not.
     pub(super) fn hello(&mut self, conn: ConnId, hello: Hello) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         if session.phase != Phase::Connecting {
             self.violation(conn, "a second offer of lanes");
             return;
@@ -106,7 +115,10 @@ impl Core {
         session.peer_name = hello.name.clone();
         let own = hello.incarnation == self.incarnation;
         let result = if own {
-            Err((RejectCode::SelfConnect, "this endpoint dialled itself".to_owned()))
+            Err((
+                RejectCode::SelfConnect,
+                "this endpoint dialled itself".to_owned(),
+            ))
         } else {
             self.answer(conn, &hello)
         };
@@ -128,7 +140,14 @@ impl Core {
             Err((code, detail)) => {
                 tracing::warn!(peer = hello.name, %code, detail, "session refused");
                 let supported = self.supported();
-                self.send(conn, &Message::HelloReject(HelloReject { code, supported, detail }));
+                self.send(
+                    conn,
+                    &Message::HelloReject(HelloReject {
+                        code,
+                        supported,
+                        detail,
+                    }),
+                );
             }
         }
     }
@@ -140,21 +159,36 @@ impl Core {
     ) -> Result<Vec<LaneAnswer>, (RejectCode, String)> {
         let rails = self.rails_of(hello.fabric);
         if rails.is_empty() || hello.lanes.is_empty() {
-            return Err((RejectCode::NoCommonFabric, format!("no {} rail here", hello.fabric)));
+            return Err((
+                RejectCode::NoCommonFabric,
+                format!("no {} rail here", hello.fabric),
+            ));
         }
-        let Some(host) = self.sessions.get(&conn).and_then(|s| s.peer).map(|peer| peer.ip()) else {
+        let Some(host) = self
+            .sessions
+            .get(&conn)
+            .and_then(|s| s.peer)
+            .map(|peer| peer.ip())
+        else {
             return Err((RejectCode::Other, "no address".to_owned()));
         };
         let mut lanes = Vec::new();
         let mut answers = Vec::new();
         for offer in &hello.lanes {
             let rail = rails[usize::from(offer.remote_rail) % rails.len()];
-            let made = self.create_lane(Role::Acceptor, rail, offer.rail).and_then(|(lane, address)| {
-                let id = lane.id;
-                lanes.push(lane);
-                answers.push(LaneAnswer { rail: rail as u8, address });
-                self.rails[rail].context.connect_lane(id, &offer.address, host, false)
-            });
+            let made =
+                self.create_lane(Role::Acceptor, rail, offer.rail)
+                    .and_then(|(lane, address)| {
+                        let id = lane.id;
+                        lanes.push(lane);
+                        answers.push(LaneAnswer {
+                            rail: rail as u8,
+                            address,
+                        });
+                        self.rails[rail]
+                            .context
+                            .connect_lane(id, &offer.address, host, false)
+                    });
             if let Err(error) = made {
                 self.destroy_lanes(&mut lanes);
                 return Err((RejectCode::LaneSetup, error.to_string()));
@@ -170,7 +204,9 @@ impl Core {
 
     /// A peer wants to use a grant.
     pub(super) fn open(&mut self, conn: ConnId, open: &Open) {
-        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
         if session.phase != Phase::Ready {
             // It was sent behind an offer that has been refused, and will be sent again behind the next.
             return;
@@ -178,27 +214,56 @@ impl Core {
         match self.try_open(conn, open) {
             Ok(accept) => self.send(conn, &Message::Accept(Box::new(accept))),
             Err((code, detail)) => {
-                let peer = self.sessions.get(&conn).map(Session::name).unwrap_or_default();
+                let peer = self
+                    .sessions
+                    .get(&conn)
+                    .map(Session::name)
+                    .unwrap_or_default();
                 tracing::info!(peer, %code, detail, "grant refused");
-                let refuse = Refuse { push: open.push, code, detail: detail.to_owned() };
+                let refuse = Refuse {
+                    push: open.push,
+                    code,
+                    detail: detail.to_owned(),
+                };
                 self.send(conn, &Message::Refuse(refuse));
             }
         }
     }
 
-    fn try_open(&mut self, conn: ConnId, open: &Open) -> Result<Accept, (RefuseCode, &'static str)> {
+    fn try_open(
+        &mut self,
+        conn: ConnId,
+        open: &Open,
+    ) -> Result<Accept, (RefuseCode, &'static str)> {
         if open.incarnation != self.incarnation {
-            return Err((RefuseCode::WrongIncarnation, "the endpoint has restarted since"));
+            return Err((
+                RefuseCode::WrongIncarnation,
+                "the endpoint has restarted since",
+            ));
         }
-        let ended = (RefuseCode::StaleGeneration, "the grant has completed, expired or been revoked");
+        let ended = (
+            RefuseCode::StaleGeneration,
+            "the grant has completed, expired or been revoked",
+        );
         let Some(arrival) = self.arrivals.get_mut(&open.grant.slot) else {
-            return Err(if self.tails.knows(open.grant) { ended } else { (RefuseCode::UnknownGrant, "") });
+            return Err(if self.tails.knows(open.grant) {
+                ended
+            } else {
+                (RefuseCode::UnknownGrant, "")
+            });
         };
         if arrival.grant.id() != open.grant {
-            return Err(if self.tails.knows(open.grant) { ended } else { (RefuseCode::UnknownGrant, "") });
+            return Err(if self.tails.knows(open.grant) {
+                ended
+            } else {
+                (RefuseCode::UnknownGrant, "")
+            });
         }
         if !arrival.grant.digest().matches(&open.digest) || arrival.grant.pool() != open.pool {
-            return Err((RefuseCode::DigestMismatch, "its content has been changed on the way"));
+            return Err((
+                RefuseCode::DigestMismatch,
+                "its content has been changed on the way",
+            ));
         }
         if !arrival.machine.is_granted() {
             return Err((RefuseCode::AlreadyOpened, "another push uses it"));
@@ -249,8 +314,12 @@ impl Core {
     /// A write with immediate has been placed: a part is there.
     pub(super) fn part_arrived(&mut self, conn: ConnId, index: usize, imm: u32) {
         let imm = Imm::from_wire(imm);
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
-        let Some(lane) = session.lanes.get_mut(index) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
+        let Some(lane) = session.lanes.get_mut(index) else {
+            return;
+        };
         if let Some(count) = lane.receive.consume() {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
@@ -260,16 +329,22 @@ impl Core {
                     self.send(conn, &Message::Credits(Credits { lane, total }));
                 }
                 Err(source) => {
-                    let error = PeerError::Fabric { peer: session.name(), source };
+                    let error = PeerError::Fabric {
+                        peer: session.name(),
+                        source,
+                    };
                     self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
                     return;
                 }
             }
         }
-        let slot = self
-            .sessions
-            .get(&conn)
-            .and_then(|session| session.slots.get(usize::from(imm.slot())).copied().flatten());
+        let slot = self.sessions.get(&conn).and_then(|session| {
+            session
+                .slots
+                .get(usize::from(imm.slot()))
+                .copied()
+                .flatten()
+        });
         let Some((slot, arrival)) =
             slot.and_then(|slot| Some((slot, self.arrivals.get_mut(&slot)?)))
         else {
@@ -284,7 +359,10 @@ impl Core {
             PartOutcome::Unknown => self.violation(conn, "a part beyond those of the grant"),
             PartOutcome::Duplicate | PartOutcome::Counted => {}
             PartOutcome::LayerComplete(layer) => {
-                arrival.shared.signal.update(|state| state.layer_complete(layer));
+                arrival
+                    .shared
+                    .signal
+                    .update(|state| state.layer_complete(layer));
                 self.complete_if_whole(slot);
             }
             PartOutcome::Tail => self.complete_if_whole(slot),
@@ -292,13 +370,18 @@ impl Core {
     }
 
     fn complete_if_whole(&mut self, slot: u32) {
-        let Some(arrival) = self.arrivals.get_mut(&slot) else { return };
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return;
+        };
         if !arrival.parts.is_complete() {
             return;
         }
         let action = match arrival.tail_slot.load(arrival.grant.id().generation) {
             Some(tail) => {
-                arrival.shared.signal.update(|state| state.tail = Some(tail));
+                arrival
+                    .shared
+                    .signal
+                    .update(|state| state.tail = Some(tail));
                 arrival.machine.completed()
             }
             None => {
@@ -313,15 +396,21 @@ impl Core {
 
     /// A writer has nothing in flight any more, as it was asked.
     pub(super) fn drained(&mut self, conn: ConnId, push: u64) {
-        let Some((slot, arrival)) = self.arrival_of(conn, push) else { return };
+        let Some((slot, arrival)) = self.arrival_of(conn, push) else {
+            return;
+        };
         let action = arrival.machine.drained();
         self.arrival_action(slot, action);
     }
 
     /// A writer gave up by itself.
     pub(super) fn given_up(&mut self, conn: ConnId, cancel: Cancel) {
-        let Some((slot, arrival)) = self.arrival_of(conn, cancel.push) else { return };
-        let action = arrival.machine.given_up(ArrivalError::Abandoned { detail: cancel.detail });
+        let Some((slot, arrival)) = self.arrival_of(conn, cancel.push) else {
+            return;
+        };
+        let action = arrival.machine.given_up(ArrivalError::Abandoned {
+            detail: cancel.detail,
+        });
         self.arrival_action(slot, action);
     }
 
@@ -338,27 +427,51 @@ impl Core {
 
     /// Does what an arrival's machine asks for.
     fn arrival_action(&mut self, slot: u32, action: ArrivalAction<ArrivalError>) {
-        let Some(arrival) = self.arrivals.get_mut(&slot) else { return };
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return;
+        };
         match action {
             ArrivalAction::None => {
-                self.timers.at(arrival.machine.next_deadline().filter(|&at| at > self.now), Timer::Arrival(slot));
+                self.timers.at(
+                    arrival.machine.next_deadline().filter(|&at| at > self.now),
+                    Timer::Arrival(slot),
+                );
             }
             ArrivalAction::SendRevoke { expired } => {
-                self.timers.at(arrival.machine.next_deadline(), Timer::Arrival(slot));
-                let Some((conn, push, _)) = arrival.opened else { return };
-                let reason = if expired { RevokeReason::Expired } else { RevokeReason::Requested };
+                self.timers
+                    .at(arrival.machine.next_deadline(), Timer::Arrival(slot));
+                let Some((conn, push, _)) = arrival.opened else {
+                    return;
+                };
+                let reason = if expired {
+                    RevokeReason::Expired
+                } else {
+                    RevokeReason::Requested
+                };
                 self.send(conn, &Message::Revoke(Revoke { push, reason }));
             }
             ArrivalAction::Fence => {
-                let Some((conn, ..)) = arrival.opened else { return };
-                let Some(session) = self.sessions.get(&conn) else { return };
-                let error =
-                    PeerError::Silent { peer: session.name(), waited: self.config.revoke_grace };
+                let Some((conn, ..)) = arrival.opened else {
+                    return;
+                };
+                let Some(session) = self.sessions.get(&conn) else {
+                    return;
+                };
+                let error = PeerError::Silent {
+                    peer: session.name(),
+                    waited: self.config.revoke_grace,
+                };
                 // Ends this arrival too, with the reason it was taken back for.
-                self.end_session(conn, error, Some((GoodbyeCode::Timeout, "no answer to a revoke")));
+                self.end_session(
+                    conn,
+                    error,
+                    Some((GoodbyeCode::Timeout, "no answer to a revoke")),
+                );
             }
             ArrivalAction::End(end) => {
-                let Some(arrival) = self.arrivals.remove(&slot) else { return };
+                let Some(arrival) = self.arrivals.remove(&slot) else {
+                    return;
+                };
                 let result = match end {
                     ArrivalEnd::Completed => Ok(()),
                     ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
@@ -377,8 +490,14 @@ impl Core {
                     }
                 }
                 // The pages are free before anyone is told, so that a caller who waits for the end can grant them.
-                arrival.pool.record.release(arrival.grant.pages(), arrival.grant.heads());
-                arrival.shared.signal.update(|state| state.end = Some(result));
+                arrival
+                    .pool
+                    .record
+                    .release(arrival.grant.pages(), arrival.grant.heads());
+                arrival
+                    .shared
+                    .signal
+                    .update(|state| state.end = Some(result));
             }
         }
     }
@@ -386,8 +505,12 @@ impl Core {
     /// The lanes of a session are gone: nothing of its grants can land any more.
     pub(super) fn stop_arrivals(&mut self, session: &Session, error: &PeerError) {
         for slot in session.slots.iter().flatten() {
-            let Some(arrival) = self.arrivals.get_mut(slot) else { continue };
-            let action = arrival.machine.unreachable(ArrivalError::Peer(error.clone()));
+            let Some(arrival) = self.arrivals.get_mut(slot) else {
+                continue;
+            };
+            let action = arrival
+                .machine
+                .unreachable(ArrivalError::Peer(error.clone()));
             self.arrival_action(*slot, action);
         }
     }
@@ -396,8 +519,12 @@ impl Core {
     pub(super) fn close_arrivals(&mut self) {
         let slots: Vec<u32> = self.arrivals.keys().copied().collect();
         for slot in slots {
-            let Some(arrival) = self.arrivals.get_mut(&slot) else { continue };
-            let action = arrival.machine.fail(self.now, ArrivalError::Peer(PeerError::Closed));
+            let Some(arrival) = self.arrivals.get_mut(&slot) else {
+                continue;
+            };
+            let action = arrival
+                .machine
+                .fail(self.now, ArrivalError::Peer(PeerError::Closed));
             self.arrival_action(slot, action);
         }
     }
@@ -407,8 +534,9 @@ impl Session {
     /// A free slot of the immediate for the grant in `grant_slot`: the one that has been free longest, roughly.
     fn take_slot(&mut self, grant_slot: u32) -> Option<u16> {
         let count = self.slots.len();
-        let slot =
-            (0..count).map(|step| (self.next_slot + step) % count).find(|&s| self.slots[s].is_none())?;
+        let slot = (0..count)
+            .map(|step| (self.next_slot + step) % count)
+            .find(|&s| self.slots[s].is_none())?;
         self.next_slot = slot + 1;
         self.slots[slot] = Some(grant_slot);
         Some(slot as u16)
@@ -421,7 +549,11 @@ pub(super) fn region_keys(region: &Region, rails: &[usize]) -> Vec<RegionKey> {
         .iter()
         .filter_map(|&rail| {
             let keys = region.keys().get(rail)?;
-            Some(RegionKey { rail: rail as u8, address: region.address(), rkey: keys.remote })
+            Some(RegionKey {
+                rail: rail as u8,
+                address: region.address(),
+                rkey: keys.remote,
+            })
         })
         .collect()
 }

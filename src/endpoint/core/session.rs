@@ -87,7 +87,11 @@ impl Session {
         peer_name: String,
         untried: Vec<FabricKind>,
     ) -> Self {
-        Self { expected: Some(expected), untried, ..Self::new(Role::Dialler, peer_name) }
+        Self {
+            expected: Some(expected),
+            untried,
+            ..Self::new(Role::Dialler, peer_name)
+        }
     }
 
     /// A session that a peer opens.
@@ -156,7 +160,10 @@ impl Core {
 
     /// The kinds of fabric there are, as a mask.
     pub(super) fn supported(&self) -> u8 {
-        self.rails.iter().filter(|rail| !rail.dead).fold(0, |mask, rail| mask | rail.kind as u8)
+        self.rails
+            .iter()
+            .filter(|rail| !rail.dead)
+            .fold(0, |mask, rail| mask | rail.kind as u8)
     }
 
     /// Makes a lane on `rail` and reserves its completions.

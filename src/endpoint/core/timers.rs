@@ -1,9 +1,6 @@
 //! What must be looked at when. Timers are never cancelled: one that comes too early finds nothing to do.
 
-use std::{
-    cmp::Reverse,
-    collections::BinaryHeap,
-};
+use std::{cmp::Reverse, collections::BinaryHeap};
 
 use super::Core;
 use crate::protocol::Time;

@@ -41,22 +41,38 @@ pub(super) struct RemotePool {
 impl RemotePool {
     /// Checks what the peer told: the layout must lie in the regions, and each rail must reach all of them.
     fn new(descriptor: PoolDescriptor) -> Result<Self, PlanError> {
-        let lengths: Vec<u64> = descriptor.regions.iter().map(|region| region.length).collect();
+        let lengths: Vec<u64> = descriptor
+            .regions
+            .iter()
+            .map(|region| region.length)
+            .collect();
         descriptor
             .layout
             .validate(&lengths)
-            .map_err(|error| PlanError::Layout { side: Side::Destination, error })?;
+            .map_err(|error| PlanError::Layout {
+                side: Side::Destination,
+                error,
+            })?;
         let mut targets: HashMap<u8, Vec<Target>> = HashMap::new();
         for region in &descriptor.regions {
             for key in &region.keys {
-                let target = Target { address: key.address, key: key.rkey };
+                let target = Target {
+                    address: key.address,
+                    key: key.rkey,
+                };
                 targets.entry(key.rail).or_default().push(target);
             }
         }
         // A rail that lacks a region could not tell which of its keys is whose.
         targets.retain(|_, list| list.len() == lengths.len());
-        let targets = targets.into_iter().map(|(rail, list)| (rail, list.into())).collect();
-        Ok(Self { layout: descriptor.layout, targets })
+        let targets = targets
+            .into_iter()
+            .map(|(rail, list)| (rail, list.into()))
+            .collect();
+        Ok(Self {
+            layout: descriptor.layout,
+            targets,
+        })
     }
 }
 
@@ -131,7 +147,11 @@ impl PushEntry {
     }
 
     /// The tail's gather element and target.
-    pub(super) fn tail(&self, rail: usize, remote_rail: u8) -> Option<(u64, LocalKey, u32, Target)> {
+    pub(super) fn tail(
+        &self,
+        rail: usize,
+        remote_rail: u8,
+    ) -> Option<(u64, LocalKey, u32, Target)> {
         let target = *self.tail_targets.get(&remote_rail)?;
         let (address, key) = self.tail_slot.local(rail)?;
         Some((address, key, self.tail_bytes, target))
@@ -160,9 +180,12 @@ impl Core {
         let issuer = push.grant.issuer();
         let conn = self.session_to(issuer, push.grant.addresses(), timeout);
         push.conn = Some(conn);
-        self.timers.at(push.machine.next_deadline(), Timer::Push(id));
+        self.timers
+            .at(push.machine.next_deadline(), Timer::Push(id));
         self.pushes.insert(id, push);
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         session.pushes.insert(id);
         // While lanes are offered, the opening goes right behind the offer: one round trip for both.
         if session.phase != Phase::Connecting {
@@ -193,7 +216,9 @@ impl Core {
 
     /// The control connection stands.
     pub(super) fn connected(&mut self, conn: ConnId, peer: std::net::SocketAddr) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         session.peer = Some(peer);
         session.peer_name.clear();
         self.offer(conn);
@@ -203,7 +228,9 @@ impl Core {
     fn offer(&mut self, conn: ConnId) {
         let mut failures = Vec::new();
         loop {
-            let Some(session) = self.sessions.get_mut(&conn) else { return };
+            let Some(session) = self.sessions.get_mut(&conn) else {
+                return;
+            };
             let peer = session.name();
             let Some(kind) = session.untried.pop() else {
                 let detail = if failures.is_empty() {
@@ -211,8 +238,11 @@ impl Core {
                 } else {
                     failures.join("; ")
                 };
-                let error =
-                    PeerError::Rejected { peer, code: crate::RejectCode::NoCommonFabric, detail };
+                let error = PeerError::Rejected {
+                    peer,
+                    code: crate::RejectCode::NoCommonFabric,
+                    detail,
+                };
                 self.end_session(conn, error, Some((GoodbyeCode::Error, "no usable fabric")));
                 return;
             };
@@ -226,7 +256,11 @@ impl Core {
         }
     }
 
-    fn offer_kind(&mut self, conn: ConnId, kind: FabricKind) -> Result<(), crate::fabric::FabricError> {
+    fn offer_kind(
+        &mut self,
+        conn: ConnId,
+        kind: FabricKind,
+    ) -> Result<(), crate::fabric::FabricError> {
         let rails = self.rails_of(kind);
         let mut lanes = Vec::new();
         let mut offers = Vec::new();
@@ -236,7 +270,11 @@ impl Core {
                 match self.create_lane(Role::Dialler, rail, remote_rail) {
                     Ok((lane, address)) => {
                         lanes.push(lane);
-                        offers.push(LaneOffer { rail: rail as u8, remote_rail, address });
+                        offers.push(LaneOffer {
+                            rail: rail as u8,
+                            remote_rail,
+                            address,
+                        });
                     }
                     Err(error) => {
                         self.destroy_lanes(&mut lanes);
@@ -266,7 +304,9 @@ impl Core {
             lanes: offers,
         };
         self.send(conn, &Message::Hello(hello));
-        let Some(session) = self.sessions.get_mut(&conn) else { return Ok(()) };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return Ok(());
+        };
         session.phase = Phase::Offered;
         let pushes: Vec<u64> = session.pushes.iter().copied().collect();
         for push in pushes {
@@ -277,8 +317,12 @@ impl Core {
     }
 
     fn send_open(&mut self, conn: ConnId, id: u64) {
-        let Some(push) = self.pushes.get(&id) else { return };
-        let Some(session) = self.sessions.get(&conn) else { return };
+        let Some(push) = self.pushes.get(&id) else {
+            return;
+        };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
         let open = Open {
             push: id,
             grant: push.grant.id(),
@@ -292,27 +336,49 @@ impl Core {
 
     /// The peer has connected its lanes; now ours.
     pub(super) fn hello_ack(&mut self, conn: ConnId, ack: HelloAck) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         if session.phase != Phase::Offered || ack.lanes.len() != session.lanes.len() {
-            self.violation(conn, "an answer to no offer, or with another number of lanes");
+            self.violation(
+                conn,
+                "an answer to no offer, or with another number of lanes",
+            );
             return;
         }
         session.peer_name = ack.name;
         let peer = session.name();
         let Some(address) = session.peer else { return };
-        if let Some(expected) = session.expected.filter(|&expected| expected != ack.incarnation) {
-            let error = PeerError::Restarted { peer, found: ack.incarnation, expected };
-            self.end_session(conn, error, Some((GoodbyeCode::Error, "you have restarted")));
+        if let Some(expected) = session
+            .expected
+            .filter(|&expected| expected != ack.incarnation)
+        {
+            let error = PeerError::Restarted {
+                peer,
+                found: ack.incarnation,
+                expected,
+            };
+            self.end_session(
+                conn,
+                error,
+                Some((GoodbyeCode::Error, "you have restarted")),
+            );
             return;
         }
         for (lane, answer) in session.lanes.iter_mut().zip(&ack.lanes) {
             lane.remote_rail = answer.rail;
             lane.peer_receives = ack.receives_per_lane;
-            lane.send = crate::protocol::SendCredits::new(lane.config.send_depth, ack.receives_per_lane);
+            lane.send =
+                crate::protocol::SendCredits::new(lane.config.send_depth, ack.receives_per_lane);
             let context = &mut self.rails[lane.rail].context;
-            if let Err(source) = context.connect_lane(lane.id, &answer.address, address.ip(), true) {
+            if let Err(source) = context.connect_lane(lane.id, &answer.address, address.ip(), true)
+            {
                 let error = PeerError::Fabric { peer, source };
-                self.end_session(conn, error, Some((GoodbyeCode::Error, "lanes do not connect")));
+                self.end_session(
+                    conn,
+                    error,
+                    Some((GoodbyeCode::Error, "lanes do not connect")),
+                );
                 return;
             }
         }
@@ -321,12 +387,16 @@ impl Core {
 
     /// The peer does not want these lanes: try the next fabric that it has.
     pub(super) fn hello_reject(&mut self, conn: ConnId, reject: HelloReject) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         if session.phase != Phase::Offered {
             self.violation(conn, "a refusal of no offer");
             return;
         }
-        session.untried.retain(|&kind| reject.supported & kind as u8 != 0);
+        session
+            .untried
+            .retain(|&kind| reject.supported & kind as u8 != 0);
         let mut lanes = std::mem::take(&mut session.lanes);
         let may_retry = matches!(
             reject.code,
@@ -338,7 +408,11 @@ impl Core {
             tracing::info!(peer, code = %reject.code, detail = reject.detail, "next fabric");
             self.offer(conn);
         } else {
-            let error = PeerError::Rejected { peer, code: reject.code, detail: reject.detail };
+            let error = PeerError::Rejected {
+                peer,
+                code: reject.code,
+                detail: reject.detail,
+            };
             self.end_session(conn, error, None);
         }
     }
@@ -346,28 +420,47 @@ impl Core {
     /// The reader says where to write.
     pub(super) fn accepted(&mut self, conn: ConnId, mut accept: Accept) {
         let id = accept.push;
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         if session.phase != Phase::Ready {
             self.violation(conn, "a grant is accepted before there are lanes");
             return;
         }
         let descriptor = accept.pool.take();
-        let Some(push) = self.pushes.get_mut(&id).filter(|push| push.conn == Some(conn)) else {
+        let Some(push) = self
+            .pushes
+            .get_mut(&id)
+            .filter(|push| push.conn == Some(conn))
+        else {
             // It has ended here before the peer could answer; the peer holds it open and must be told.
             self.tell_ended(conn, id, &PushEnd::Cancelled);
             return;
         };
-        if !push.machine.accepted(self.now, Duration::from_nanos(accept.remaining_ns)) {
+        if !push
+            .machine
+            .accepted(self.now, Duration::from_nanos(accept.remaining_ns))
+        {
             self.violation(conn, "a push is accepted twice");
             return;
         }
-        let result = prepare(session, push, &accept, descriptor, &self.config, &self.rails);
+        let result = prepare(
+            session,
+            push,
+            &accept,
+            descriptor,
+            &self.config,
+            &self.rails,
+        );
         match result {
             Ok(()) => {
                 let round_trip = self.now - push.opened;
                 tracing::debug!(push = id, ?round_trip, "push open");
-                push.shared.signal.update(|phase| *phase = PushPhase::Active);
-                self.timers.at(push.machine.next_deadline(), Timer::Push(id));
+                push.shared
+                    .signal
+                    .update(|phase| *phase = PushPhase::Active);
+                self.timers
+                    .at(push.machine.next_deadline(), Timer::Push(id));
             }
             Err(error) => self.stop_push(id, PushEnd::Failed(error)),
         }
@@ -375,14 +468,19 @@ impl Core {
 
     /// The reader does not take this grant.
     pub(super) fn refused(&mut self, _conn: ConnId, refuse: Refuse) {
-        let error = PushError::Refused { code: refuse.code, detail: refuse.detail };
+        let error = PushError::Refused {
+            code: refuse.code,
+            detail: refuse.detail,
+        };
         self.stop_push(refuse.push, PushEnd::Failed(error));
     }
 
     /// More receives at the peer.
     pub(super) fn credits(&mut self, conn: ConnId, credits: Credits) {
         let index = usize::from(credits.lane);
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         let known = session
             .lanes
             .get_mut(index)
@@ -390,14 +488,21 @@ impl Core {
         if known {
             self.pump(conn, index);
         } else {
-            self.violation(conn, "credits for no lane, or more than the lane has receives");
+            self.violation(
+                conn,
+                "credits for no lane, or more than the lane has receives",
+            );
         }
     }
 
     /// The reader wants the pages back.
     pub(super) fn revoked(&mut self, conn: ConnId, revoke: Revoke) {
         let reason = revoke.reason as u16;
-        if self.pushes.get(&revoke.push).is_some_and(|push| push.conn == Some(conn)) {
+        if self
+            .pushes
+            .get(&revoke.push)
+            .is_some_and(|push| push.conn == Some(conn))
+        {
             self.stop_push(revoke.push, PushEnd::Revoked(reason));
         } else {
             // It has ended here: nothing is in flight.
@@ -407,9 +512,15 @@ impl Core {
 
     /// Source pages for the positions from `first` of `layer`: cut into blocks, each block to its lane.
     pub(super) fn queue_pages(&mut self, id: u64, layer: u32, first: u32, pages: Arc<[u32]>) {
-        let Some(push) = self.pushes.get_mut(&id) else { return };
-        let (Some(blocks), Some(conn)) = (push.blocks, push.conn) else { return };
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(push) = self.pushes.get_mut(&id) else {
+            return;
+        };
+        let (Some(blocks), Some(conn)) = (push.blocks, push.conn) else {
+            return;
+        };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         if !push.machine.may_post() {
             return;
         }
@@ -423,18 +534,21 @@ impl Core {
             let part = blocks.part(layer, block);
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
-            let completes = (*remaining == 0).then(|| Imm::new(push.slot, part).map_or(0, Imm::to_wire));
+            let completes =
+                (*remaining == 0).then(|| Imm::new(push.slot, part).map_or(0, Imm::to_wire));
             let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
             push.machine.queue();
-            session.lanes[usize::from(lane)].queue.push_back(Task::Pages {
-                push: id,
-                layer,
-                first: position,
-                source: Arc::clone(&pages),
-                from: position - first,
-                count,
-                completes,
-            });
+            session.lanes[usize::from(lane)]
+                .queue
+                .push_back(Task::Pages {
+                    push: id,
+                    layer,
+                    first: position,
+                    source: Arc::clone(&pages),
+                    from: position - first,
+                    count,
+                    completes,
+                });
             touched |= 1 << (lane % 64);
             position = until;
         }
@@ -447,7 +561,9 @@ impl Core {
 
     /// Everything has been handed over; the tail goes last.
     pub(super) fn finish_push(&mut self, id: u64, tail: &[u8]) {
-        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let Some(push) = self.pushes.get_mut(&id) else {
+            return;
+        };
         let Some(conn) = push.conn else { return };
         if !push.machine.may_post() {
             return;
@@ -456,7 +572,9 @@ impl Core {
         push.machine.queue();
         let action = push.machine.finish();
         debug_assert_eq!(action, PushAction::None);
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         let lane = usize::from(session.least_loaded());
         session.lanes[lane].queue.push_back(Task::Tail { push: id });
         self.pump(conn, lane);
@@ -468,13 +586,17 @@ impl Core {
     }
 
     pub(super) fn stop_push(&mut self, id: u64, end: PushEnd<PushError>) {
-        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let Some(push) = self.pushes.get_mut(&id) else {
+            return;
+        };
         let action = push.machine.stop(self.now, end);
         self.push_action(id, action);
     }
 
     pub(super) fn push_timer(&mut self, id: u64) {
-        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let Some(push) = self.pushes.get_mut(&id) else {
+            return;
+        };
         let action = push.machine.tick(self.now);
         if action == PushAction::None {
             return;
@@ -484,24 +606,37 @@ impl Core {
 
     /// Does what a push's machine asks for.
     pub(super) fn push_action(&mut self, id: u64, action: PushAction<PushError>) {
-        let Some(push) = self.pushes.get_mut(&id) else { return };
+        let Some(push) = self.pushes.get_mut(&id) else {
+            return;
+        };
         let conn = push.conn;
         match action {
             PushAction::None => {}
             PushAction::StopPosting => {
-                self.timers.at(push.machine.next_deadline(), Timer::Push(id));
+                self.timers
+                    .at(push.machine.next_deadline(), Timer::Push(id));
                 self.drop_tasks(conn, id);
             }
             PushAction::Fence => {
                 let Some(conn) = conn else { return };
-                let Some(session) = self.sessions.get(&conn) else { return };
-                let error =
-                    PeerError::Silent { peer: session.name(), waited: self.config.drain_timeout };
-                self.end_session(conn, error, Some((GoodbyeCode::Timeout, "writes not acknowledged")));
+                let Some(session) = self.sessions.get(&conn) else {
+                    return;
+                };
+                let error = PeerError::Silent {
+                    peer: session.name(),
+                    waited: self.config.drain_timeout,
+                };
+                self.end_session(
+                    conn,
+                    error,
+                    Some((GoodbyeCode::Timeout, "writes not acknowledged")),
+                );
             }
             PushAction::End { end, tell_peer } => {
                 self.drop_tasks(conn, id);
-                let Some(push) = self.pushes.remove(&id) else { return };
+                let Some(push) = self.pushes.remove(&id) else {
+                    return;
+                };
                 let result = match &end {
                     PushEnd::Completed => Ok(PushReport {
                         bytes: push.bytes - u64::from(push.tail_bytes),
@@ -521,7 +656,9 @@ impl Core {
                     }
                     self.leave_session(conn, id);
                 }
-                push.shared.signal.update(|phase| *phase = PushPhase::Ended(result));
+                push.shared
+                    .signal
+                    .update(|phase| *phase = PushPhase::Ended(result));
             }
         }
     }
@@ -529,11 +666,21 @@ impl Core {
     fn tell_ended(&mut self, conn: ConnId, push: u64, end: &PushEnd<PushError>) {
         let message = match end {
             PushEnd::Revoked(_) => Message::Drained { push },
-            PushEnd::Failed(error) => {
-                Message::Cancel(Cancel { push, code: 0, detail: error.to_string() })
-            }
-            PushEnd::Expired => Message::Cancel(Cancel { push, code: 0, detail: "deadline".into() }),
-            _ => Message::Cancel(Cancel { push, code: 0, detail: "cancelled by the writer".into() }),
+            PushEnd::Failed(error) => Message::Cancel(Cancel {
+                push,
+                code: 0,
+                detail: error.to_string(),
+            }),
+            PushEnd::Expired => Message::Cancel(Cancel {
+                push,
+                code: 0,
+                detail: "deadline".into(),
+            }),
+            _ => Message::Cancel(Cancel {
+                push,
+                code: 0,
+                detail: "cancelled by the writer".into(),
+            }),
         };
         if self.sessions.contains_key(&conn) {
             self.send(conn, &message);
@@ -542,7 +689,9 @@ impl Core {
 
     /// A session that has never become ready is of no use without pushes.
     fn leave_session(&mut self, conn: ConnId, push: u64) {
-        let Some(session) = self.sessions.get_mut(&conn) else { return };
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         session.pushes.remove(&push);
         if session.phase != Phase::Ready && session.pushes.is_empty() && !self.has_accesses(conn) {
             self.end_session(conn, PeerError::Closed, None);
@@ -550,7 +699,9 @@ impl Core {
     }
 
     fn drop_tasks(&mut self, conn: Option<ConnId>, id: u64) {
-        let Some(session) = conn.and_then(|conn| self.sessions.get_mut(&conn)) else { return };
+        let Some(session) = conn.and_then(|conn| self.sessions.get_mut(&conn)) else {
+            return;
+        };
         for lane in &mut session.lanes {
             lane.queue.retain(|task| {
                 !matches!(task, Task::Pages { push, .. } | Task::Tail { push } if *push == id)
@@ -609,7 +760,10 @@ fn prepare(
     rails: &[super::Rail],
 ) -> Result<(), PushError> {
     let protocol = |detail: &str| {
-        PushError::Peer(PeerError::Protocol { peer: session.name(), detail: detail.to_owned() })
+        PushError::Peer(PeerError::Protocol {
+            peer: session.name(),
+            detail: detail.to_owned(),
+        })
     };
     let pool = push.grant.pool();
     let remote = match descriptor {
@@ -621,12 +775,21 @@ fn prepare(
             .cloned()
             .ok_or_else(|| protocol("no description of the pool"))?,
     };
-    if session.lanes.iter().any(|lane| !remote.targets.contains_key(&lane.remote_rail)) {
+    if session
+        .lanes
+        .iter()
+        .any(|lane| !remote.targets.contains_key(&lane.remote_rail))
+    {
         return Err(protocol("a rail without keys"));
     }
     let layout = &push.source.record.layout;
     let limits = PlanLimits {
-        max_sge: session.lanes.iter().map(|lane| lane.config.max_sge).min().unwrap_or(1),
+        max_sge: session
+            .lanes
+            .iter()
+            .map(|lane| lane.config.max_sge)
+            .min()
+            .unwrap_or(1),
         max_write: session
             .lanes
             .iter()
@@ -643,8 +806,11 @@ fn prepare(
     )?;
     let pages = push.grant.pages();
     if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
-        let error =
-            PlanError::PageOutOfRange { side: Side::Destination, page, pages: remote.layout.pages };
+        let error = PlanError::PageOutOfRange {
+            side: Side::Destination,
+            page,
+            pages: remote.layout.pages,
+        };
         return Err(error.into());
     }
     let blocks = u32::try_from(pages.len())
@@ -667,9 +833,21 @@ fn prepare(
         .tail
         .keys
         .iter()
-        .map(|&(rail, key)| (rail, Target { address: accept.tail.address, key }))
+        .map(|&(rail, key)| {
+            (
+                rail,
+                Target {
+                    address: accept.tail.address,
+                    key,
+                },
+            )
+        })
         .collect();
-    if session.lanes.iter().any(|lane| !push.tail_targets.contains_key(&lane.remote_rail)) {
+    if session
+        .lanes
+        .iter()
+        .any(|lane| !push.tail_targets.contains_key(&lane.remote_rail))
+    {
         return Err(protocol("a rail without a key for the tail"));
     }
     push.slot = accept.slot;

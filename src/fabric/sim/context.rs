@@ -258,7 +258,13 @@ impl Context for SimContext {
         self.waker.drain();
         // Nobody else may be awake to drive what is still to happen.
         let free_running = world.config.free_running;
-        if self.has_completions(&world) || (free_running && world.next_event().is_some()) {
+        if self.has_completions(&world) {
+            return Ok(false);
+        }
+        if free_running && world.next_event().is_some() {
+            // It may be a sender that waits for a receive which another thread would post if it had the processor.
+            drop(world);
+            std::thread::yield_now();
             return Ok(false);
         }
         if let Some(queue) = world

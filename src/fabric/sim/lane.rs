@@ -173,7 +173,7 @@ impl Lane {
             .take_while(|request| request.first < psn)
             .find(|request| request.is_read())
             .map_or(psn, |read| read.first);
-        self.advance(first_read.min(psn).min(self.never_sent));
+        self.advance(first_read.min(psn));
     }
 
     /// Everything below `psn` is answered.

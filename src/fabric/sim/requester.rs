@@ -44,7 +44,7 @@ impl World {
             // Where the data will go is checked now and again when it comes.
             if local(left, Need::LocalWrite).is_none() {
                 let first = request.first;
-                self.refuse_gather(at, psn, first);
+                self.refuse_gather(at, first);
                 return None;
             }
             let range = ReadRange {
@@ -56,7 +56,7 @@ impl World {
         } else {
             let Some(spans) = local(length, Need::LocalRead) else {
                 let first = request.first;
-                self.refuse_gather(at, psn, first);
+                self.refuse_gather(at, first);
                 return None;
             };
             let data = match &request.payload {
@@ -105,14 +105,14 @@ impl World {
     }
 
     /// The gather list is not allowed: the request fails once those before it, which start below `first`, are done.
-    fn refuse_gather(&mut self, at: At, psn: u64, first: u64) {
+    fn refuse_gather(&mut self, at: At, first: u64) {
         let Some(lane) = self.lane_mut(at) else {
             return;
         };
         if lane.acked < first {
             lane.stalled_until = first;
         } else {
-            self.fail_lane_at(at, psn, Status::LocalProtection);
+            self.fail_oldest(at, Status::LocalProtection);
         }
     }
 
@@ -215,7 +215,7 @@ impl World {
             return;
         }
         if limit != SimConfig::RNR_FOREVER && lane.rnr_retries >= limit {
-            self.fail_lane_at(at, psn, Status::RnrRetryExceeded);
+            self.fail_oldest(at, Status::RnrRetryExceeded);
             return;
         }
         lane.rnr_retries = lane.rnr_retries.saturating_add(1);
@@ -242,7 +242,7 @@ impl World {
             .lane(at)
             .is_some_and(|lane| lane.acked <= psn && psn < lane.never_sent)
         {
-            self.fail_lane_at(at, psn, Status::RemoteAccess);
+            self.fail_oldest(at, Status::RemoteAccess);
         }
     }
 
@@ -280,11 +280,8 @@ impl World {
             return;
         };
         let length = data.len() as u64;
-        if length != (request.length - offset).min(mtu) {
-            return;
-        }
         let Some(spans) = device.regions.local(sges, offset, length, Need::LocalWrite) else {
-            self.fail_lane_at(at, psn, Status::LocalProtection);
+            self.fail_oldest(at, Status::LocalProtection);
             return;
         };
         let done = psn + 1 == request.end();
@@ -336,30 +333,18 @@ impl World {
         self.stats.timeouts += 1;
         self.trace(at, TraceEvent::Timeout { psn });
         if exhausted {
-            self.fail_lane_at(at, psn, Status::RetryExceeded);
+            self.fail_oldest(at, Status::RetryExceeded);
         } else {
             self.kick(at);
         }
     }
 
-    /// The request that owns packet `psn` failed with `status`: earlier and later ones are flushed in order.
-    fn fail_lane_at(&mut self, at: At, psn: u64, status: Status) {
-        let Some(lane) = self.lane_mut(at) else {
-            return;
-        };
-        let index = lane
-            .requests
-            .partition_point(|request| request.end() <= psn);
-        if index >= lane.requests.len() {
-            return;
-        }
-        let mut requests: Vec<_> = lane.requests.drain(..=index).collect();
-        let failed = requests.pop();
-        for earlier in requests {
-            self.finish_request(at, earlier.id, Status::Flushed);
-        }
-        if let Some(failed) = failed {
-            self.finish_request(at, failed.id, status);
+    /// The oldest request, which is the one in trouble since all before it are done, fails with `status`, and the rest
+    /// is flushed.
+    fn fail_oldest(&mut self, at: At, status: Status) {
+        let oldest = self.lane_mut(at).and_then(|lane| lane.requests.pop_front());
+        if let Some(oldest) = oldest {
+            self.finish_request(at, oldest.id, status);
         }
         self.break_lane(at);
     }

@@ -129,13 +129,8 @@ pub(super) fn layers(
             .iter()
             .map(Match::bytes)
             .fold(0, u64::saturating_add);
-        matches.sort_by_key(|m| {
-            (
-                m.destination.region,
-                m.destination.page_stride,
-                m.destination_start(),
-            )
-        });
+        let period = |m: &Match<'_>| stride(destination.pages, m.destination.page_stride);
+        matches.sort_by_key(|m| (m.destination.region, period(m), m.destination_start()));
         let mut groups = Vec::new();
         let mut rest = matches.as_slice();
         while !rest.is_empty() {
@@ -235,12 +230,12 @@ fn group_size(matches: &[Match<'_>], pages: u32) -> usize {
     let Some(first) = matches.first() else {
         return 0;
     };
-    let plane = first.destination;
+    let (plane, start) = (first.destination, first.destination_start());
     let fits = |m: &&Match<'_>| {
-        let end = m.destination_start() - first.destination_start() + m.destination_span();
         m.destination.region == plane.region
-            && m.destination.page_stride == plane.page_stride
-            && (pages == 1 || end <= plane.page_stride)
+            && (pages == 1
+                || m.destination.page_stride == plane.page_stride
+                    && m.destination_start() - start + m.destination_span() <= plane.page_stride)
     };
     1 + matches[1..].iter().take_while(fits).count()
 }

@@ -124,11 +124,10 @@ impl Channel {
         mut bytes: &[u8],
         messages: &mut Vec<Vec<u8>>,
     ) -> Result<(), ChannelError> {
-        while self.step(&mut bytes, messages).map_err(|error| {
+        while self.step(&mut bytes, messages).inspect_err(|error| {
             self.state = State::Failed(error.clone());
             self.unit = Vec::new();
             self.frames = Frames::default();
-            error
         })? {}
         Ok(())
     }

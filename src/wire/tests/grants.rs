@@ -182,7 +182,7 @@ fn sizes() {
     assert_eq!(Grant::decode(&all.encode()), Ok(all));
     // Far apart in both directions: the largest grant there can be.
     let worst: Vec<u32> = (0..1 << 20)
-        .map(|i: u32| if i % 2 == 0 { i } else { u32::MAX - i })
+        .map(|i: u32| if i.is_multiple_of(2) { i } else { u32::MAX - i })
         .collect();
     let worst = grant(worst);
     assert_eq!(Grant::decode(&worst.encode()), Ok(worst));

@@ -51,8 +51,7 @@ proptest! {
 
 #[test]
 fn tail_header_is_checked_against_its_buffer() {
-    use zerocopy::IntoBytes;
-    let mut buffer = TailHeader::new(7, 3).as_bytes().to_vec();
+    let mut buffer = TailHeader::new(7, 3).to_bytes().to_vec();
     assert_eq!(buffer, [7, 0, 0, 0, 3, 0, 0, 0]);
     buffer.extend_from_slice(b"abcd");
     assert_eq!(TailHeader::payload(&buffer, 7), Some(&b"abc"[..]));
@@ -176,6 +175,31 @@ fn descriptors_of_128_layers_are_small() {
     // No regularity at all.
     let irregular = descriptor(|layer| 2 * layer, |layer| layer * layer * layer * 4096);
     assert!(accept_size(irregular) < 64 << 10);
+}
+
+#[test]
+fn the_largest_descriptor_fits_a_message() {
+    let layers = (0..4096u32)
+        .map(|layer| LayerLayout {
+            tokens_per_page: layer % 2,
+            planes: vec![plane(PlaneRole::Key, 0, 0); 8],
+        })
+        .collect();
+    let key = RegionKey {
+        rail: 0,
+        address: 0,
+        rkey: RemoteKey(0),
+    };
+    let region = RegionDescriptor {
+        length: 0,
+        keys: vec![key; 16],
+    };
+    let size = accept_size(PoolDescriptor {
+        pool: PoolId(0),
+        layout: KvLayout { pages: 0, layers },
+        regions: vec![region; 4096],
+    });
+    assert!(size < MAX_MESSAGE, "{size}");
 }
 
 #[test]

@@ -4,6 +4,9 @@
 //! otherwise, and whoever has something left to do is in `ready`. Deadlines are in a heap whose stale entries are
 //! dropped before the loop sleeps, so a loop without deadlines sleeps for ever.
 
+mod accepting;
+mod dialing;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::io;
@@ -18,7 +21,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::budget::Budget;
 use super::connection::{Connection, Early, Origin, Phase, Turn};
-use super::dial::{Dial, DialError, Resolved, Resolver, errno};
+use super::dial::{Dial, DialError, Resolver};
 use super::{CloseReason, Command, ConnId, ControlConfig, ControlEvent, Counters, Mailbox};
 use crate::wire::{Auth, Channel};
 
@@ -28,8 +31,6 @@ const WAKER: Token = Token(usize::MAX);
 const LISTENER: Token = Token(usize::MAX - 1);
 /// Not a connection: the timer of the listener.
 const ACCEPT_TIMER: ConnId = ConnId(u64::MAX - 1);
-/// How long to leave the listener alone when the system has no descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const SCRATCH: usize = 64 << 10;
 /// Commands of one turn, so that a busy driver cannot starve the sockets.
 const COMMANDS_PER_TURN: usize = 1024;
@@ -161,7 +162,7 @@ impl Reactor {
                             connection.readable |=
                                 event.is_readable() || event.is_error() || event.is_read_closed();
                             connection.writable |= event.is_writable() || event.is_error();
-                            self.ready.push_back(id);
+                            schedule(&mut self.ready, connection);
                         }
                     }
                 }
@@ -265,147 +266,10 @@ impl Reactor {
                 }
                 Command::Send { conn, message } => self.send(conn, message),
                 Command::Close(conn) => self.close_gently(conn),
-                Command::Resume(conn) => self.ready.push_back(conn),
+                Command::Resume(conn) => self.wake_up(conn),
                 Command::Shutdown => self.begin_shutdown(),
             }
         }
-    }
-
-    fn connect(&mut self, conn: ConnId, addresses: Vec<String>, timeout: Duration) {
-        if self.connections.contains_key(&conn) || self.resolving.contains_key(&conn) {
-            // An event would be taken for one of the connection that has the number.
-            tracing::error!(?conn, "a control connection was dialed twice");
-            return;
-        }
-        if conn.0 > ConnId::MAX_DIALED || self.shutdown.is_some() {
-            let reason = CloseReason::Local;
-            return self.sink.emit(ControlEvent::Closed { conn, reason });
-        }
-        // A timeout beyond the clock's range means none in practice.
-        let now = Instant::now();
-        let year = Duration::from_secs(365 * 24 * 3600);
-        let dial = Dial::new(now + timeout.min(year));
-        self.deadlines.push(Reverse((dial.deadline, conn)));
-        self.resolving.insert(conn, (dial, Early::default()));
-        if let Some(resolved) = self.resolver.resolve(conn, addresses) {
-            self.resolved(resolved);
-        }
-    }
-
-    fn resolved(&mut self, resolved: Resolved) {
-        let conn = resolved.conn;
-        if let Some((mut dial, early)) = self.resolving.remove(&conn) {
-            dial.resolved(resolved);
-            self.attempt(conn, dial, early);
-        }
-    }
-
-    /// Dials the next address, or gives up.
-    fn attempt(&mut self, conn: ConnId, mut dial: Dial, early: Early) {
-        let now = Instant::now();
-        while let Some(current) = dial.candidates.pop_front() {
-            if now >= dial.deadline {
-                dial.fail(&current.address, Some(current.peer), DialError::Timeout);
-                break;
-            }
-            let channel = match Channel::initiator(&self.auth) {
-                Ok(channel) => channel,
-                Err(error) => {
-                    let reason = error.into();
-                    return self.sink.emit(ControlEvent::Closed { conn, reason });
-                }
-            };
-            match TcpStream::connect(current.peer).and_then(|s| self.register(s, conn)) {
-                Ok(socket) => {
-                    let (peer, deadline) = (current.peer, dial.attempt_deadline(now));
-                    let origin = Origin::Dialed { dial, current };
-                    let mut connection =
-                        self.connection(conn, socket, peer, origin, channel, deadline);
-                    connection.early = early;
-                    self.connections.insert(conn, connection);
-                    return;
-                }
-                Err(error) => {
-                    let error = DialError::Os(errno(&error));
-                    dial.fail(&current.address, Some(current.peer), error);
-                }
-            }
-        }
-        self.failed(conn, dial);
-    }
-
-    fn failed(&mut self, conn: ConnId, dial: Dial) {
-        let attempts = dial.failures;
-        let reason = CloseReason::Dial { attempts };
-        self.sink.emit(ControlEvent::Closed { conn, reason });
-    }
-
-    fn next_address(&mut self, id: ConnId, error: DialError) {
-        let Some(connection) = self.connections.remove(&id) else {
-            return;
-        };
-        if let Origin::Dialed { mut dial, current } = connection.origin {
-            // The socket closes here, before the number is used for the next one.
-            drop(connection.socket);
-            dial.fail(&current.address, Some(current.peer), error);
-            self.attempt(id, dial, connection.early);
-        }
-    }
-
-    fn accept(&mut self) {
-        loop {
-            let Some(listener) = &self.listener else {
-                return;
-            };
-            match listener.accept() {
-                Ok((socket, peer)) => {
-                    if let Err(reason) = self.accepted(socket, peer) {
-                        self.refuse(peer, &reason);
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
-                    ) => {}
-                Err(error) => {
-                    // No event will tell when the system can accept again.
-                    tracing::warn!(%error, "cannot accept a control connection");
-                    let at = Instant::now() + ACCEPT_PAUSE;
-                    self.accept_at = Some(at);
-                    self.deadlines.push(Reverse((at, ACCEPT_TIMER)));
-                    return;
-                }
-            }
-        }
-    }
-
-    fn accepted(&mut self, socket: TcpStream, peer: SocketAddr) -> Result<(), CloseReason> {
-        let total = self.connections.len() + self.resolving.len();
-        if total >= self.config.max_connections {
-            let (queued, limit) = (total, self.config.max_connections);
-            tracing::warn!(%peer, queued, limit, "too many control connections");
-            return Err(CloseReason::Local);
-        }
-        if self.strangers.len() >= self.config.max_unauthenticated {
-            // An honest peer is a stranger for a few round trips only, so the oldest is the least likely to be one.
-            if let Some(&oldest) = self.strangers.first() {
-                self.close(oldest, CloseReason::Local);
-                self.forget(oldest);
-            }
-        }
-        let io = |error: io::Error| CloseReason::Io(errno(&error));
-        socket.set_nodelay(true).map_err(io)?;
-        let channel = Channel::responder(&self.auth)?;
-        let id = ConnId(ConnId::ACCEPTED | self.accepted);
-        self.accepted += 1;
-        let socket = self.register(socket, id).map_err(io)?;
-        let deadline = Instant::now() + self.config.handshake_timeout;
-        let connection = self.connection(id, socket, peer, Origin::Accepted, channel, deadline);
-        self.connections.insert(id, connection);
-        self.strangers.insert(id);
-        Ok(())
     }
 
     fn register(&self, mut socket: TcpStream, id: ConnId) -> io::Result<TcpStream> {
@@ -445,7 +309,7 @@ impl Reactor {
         if let Err(reason) = connection.send(message, &self.config) {
             self.close(conn, reason);
         } else if connection.writable {
-            self.ready.push_back(conn);
+            schedule(&mut self.ready, connection);
         }
     }
 
@@ -467,7 +331,7 @@ impl Reactor {
                 let deadline = Instant::now() + self.config.linger;
                 connection.deadline = Some(deadline);
                 self.deadlines.push(Reverse((deadline, conn)));
-                self.ready.push_back(conn);
+                schedule(&mut self.ready, connection);
             }
             Phase::Flushing | Phase::Lingering => {}
         }
@@ -487,17 +351,24 @@ impl Reactor {
         }
     }
 
+    fn wake_up(&mut self, id: ConnId) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            schedule(&mut self.ready, connection);
+        }
+    }
+
     fn turn(&mut self, id: ConnId) {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
+        connection.scheduled = false;
         let result = connection.turn(&mut self.scratch, &mut self.sink);
         if !matches!(connection.phase, Phase::Handshaking | Phase::Lingering) {
             self.strangers.remove(&id);
         }
         match result {
             Turn::Wait => {}
-            Turn::Again => self.ready.push_back(id),
+            Turn::Again => self.wake_up(id),
             Turn::Gone => self.forget(id),
             Turn::NextAddress(error) => self.next_address(id, error),
             Turn::Close(reason) => self.close(id, reason),
@@ -523,17 +394,19 @@ impl Reactor {
         if gone {
             self.forget(id);
         } else {
-            self.ready.push_back(id);
+            self.wake_up(id);
         }
-    }
-
-    fn refuse(&self, peer: SocketAddr, reason: &CloseReason) {
-        self.sink.counters.refused.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(%peer, %reason, "a control connection ended before it was authenticated");
     }
 
     fn forget(&mut self, id: ConnId) {
         self.connections.remove(&id);
         self.strangers.remove(&id);
+    }
+}
+
+/// Gives `connection` a turn, once however often it is asked for.
+fn schedule(ready: &mut VecDeque<ConnId>, connection: &mut Connection) {
+    if !std::mem::replace(&mut connection.scheduled, true) {
+        ready.push_back(connection.id);
     }
 }
