@@ -89,4 +89,6 @@ all_cases!(
     tcp_small_buffers,
     crate::factories::tcp_pair_with_small_buffers
 );
-// Further fabrics: `all_cases!(sim, crate::factories::sim_pair);`, `all_cases!(verbs, crate::factories::verbs_pair);`
+all_cases!(verbs, crate::factories::verbs_pair);
+all_cases!(verbs_without_srq, crate::factories::verbs_pair_without_srq);
+// Further fabrics: `all_cases!(sim, crate::factories::sim_pair);`

@@ -6,8 +6,9 @@ use std::{
 };
 
 use kvpush::fabric::{
-    FabricKind,
+    Device, FabricKind,
     tcp::{TcpConfig, TcpDevice},
+    verbs::{VerbsConfig, VerbsDevice},
 };
 
 use crate::harness::Pair;
@@ -58,5 +59,35 @@ fn tcp(config: TcpConfig) -> Option<Pair> {
             .expect("open a tcp device")
         };
         Pair::new(open("tcp-a"), open("tcp-b"), host, host)
+    })
+}
+
+/// Two ports of the machine, or the same one twice if there is only one.
+pub(crate) fn verbs_pair() -> Option<Pair> {
+    verbs(VerbsConfig::default())
+}
+
+/// The same with a receive queue for each lane.
+pub(crate) fn verbs_pair_without_srq() -> Option<Pair> {
+    verbs(VerbsConfig {
+        shared_receive_queue: false,
+        ..VerbsConfig::default()
+    })
+}
+
+fn verbs(config: VerbsConfig) -> Option<Pair> {
+    selected(FabricKind::Verbs).then(|| {
+        let (mut devices, skipped) = VerbsDevice::open_all(&config, None);
+        assert!(!devices.is_empty(), "no active RDMA port: {skipped:?}");
+        let a = devices.remove(0);
+        let b = if devices.is_empty() {
+            let info = a.info();
+            VerbsDevice::open(&info.name, info.port, &config).expect("open the device again")
+        } else {
+            devices.remove(0)
+        };
+        // Verbs lane addresses are complete; no network address is needed.
+        let host = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        Pair::new(a, b, host, host)
     })
 }
