@@ -69,12 +69,12 @@ macro_rules! layout {
 #[macro_export]
 macro_rules! constants {
     ($list:ident, $base:ident :: { $($name:ident),* $(,)? }) => {
-        $($list.push((stringify!($name), $base::$name as i128));)*
+        $list.extend([$((stringify!($name), $base::$name as i128)),*]);
     };
     ($list:ident, $base:ident :: $module:ident :: { $($name:ident),* $(,)? }) => {
-        $($list.push((stringify!($name), $base::$module::$name as i128));)*
+        $list.extend([$((stringify!($name), $base::$module::$name as i128)),*]);
     };
     ($list:ident, bits $base:ident :: $module:ident :: { $($name:ident),* $(,)? }) => {
-        $($list.push((stringify!($name), $base::$module::$name.0 as i128));)*
+        $list.extend([$((stringify!($name), $base::$module::$name.0 as i128)),*]);
     };
 }
