@@ -1,4 +1,4 @@
-//! Methods of [`Verbs`] over its table: the same verbs, with errors as [`Errno`]s and absent functions as
+//! Methods of [`Verbs`](super::Verbs) over its table: the same verbs, with errors as [`Errno`]s and absent functions as
 //! `EOPNOTSUPP`.
 //!
 //! Error conventions of the library (rdma-core man pages and source): functions that return a pointer return null
