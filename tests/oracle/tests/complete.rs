@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 
 /// Declared without fields on purpose: only pointed to.
 const OPAQUE: &[&str] = &["_compat_ibv_port_attr"];
-/// Files of the binding that define no C types.
+/// Files of the binding that define no C types; neither do those of `calls/`.
 const NOT_LAYOUTS: &[&str] = &["error.rs", "table.rs"];
 
 fn sources() -> Vec<PathBuf> {
     let sys = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../src/fabric/verbs/sys");
     let entries = fs::read_dir(&sys).unwrap_or_else(|error| panic!("{}: {error}", sys.display()));
-    entries
-        .map(|entry| entry.expect("a directory entry").path())
+    let paths = entries.map(|entry| entry.expect("a directory entry").path());
+    paths
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
         .collect()
 }
 

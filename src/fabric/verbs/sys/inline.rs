@@ -1,6 +1,6 @@
 //! The verbs that the C header defines as `static inline`: calls through the provider's function table.
 //!
-//! They need no [`Verbs`](super::Verbs): the object passed in leads to its context and that to the provider. These
+//! They need no [`Verbs`]: the object passed in leads to its context and that to the provider. These
 //! are the hot path; none allocates, locks (beyond what the provider does) or makes a system call of its own.
 
 use std::ffi::c_int;
