@@ -167,10 +167,13 @@ impl Actor {
             }
             // granted: pages that live grants hold.
             "granted" => Ok(self.cache().pool.granted_pages().to_string()),
-            // forget: drops all pushes and arrivals.
+            // forget: drops all pushes and arrivals, and has the pages back.
             "forget" => {
                 self.join();
                 self.pushes.clear();
+                for arrival in self.arrivals.values() {
+                    arrival.revoke_blocking(LONG).expect("no hang");
+                }
                 self.arrivals.clear();
                 Ok(String::new())
             }
