@@ -4,6 +4,8 @@
 //! over verbs are marked as ignored, because most machines have no RDMA device: `cargo xtask rxe` runs them in a guest
 //! that has. Random cases print their seed; `KVPUSH_SEED` replays one.
 
+#[path = "two_process/bystanders.rs"]
+mod bystanders;
 #[path = "two_process/child.rs"]
 mod child;
 #[path = "two_process/content.rs"]
@@ -17,6 +19,8 @@ mod killed;
 #[allow(dead_code)]
 #[path = "endpoint_suite/mover.rs"]
 mod mover;
+#[path = "two_process/opening.rs"]
+mod opening;
 #[path = "two_process/process.rs"]
 mod process;
 #[path = "two_process/stopped.rs"]
@@ -41,6 +45,10 @@ macro_rules! all_cases {
                 stopped::a_stopped_writer_expires
                 stopped::a_stopped_reader_expires
                 stopped::a_stopped_reader_is_cancelled
+                opening::a_writer_stops_while_it_opens
+                opening::a_reader_dies_while_it_is_asked
+                bystanders::of_a_stopped_writer
+                bystanders::of_a_stopped_reader
                 strangers::another_key
                 strangers::garbage_and_silence);
         })*

@@ -152,7 +152,7 @@ fn census(survivor: &mut Peer, limit: Option<(usize, usize)>) -> (usize, usize) 
     }
 }
 
-/// Nothing of the peers that have come and gone is left in `survivor`.
+/// Nothing of the peers that have come and gone is left in `survivor`, which is told to leak afterwards.
 #[track_caller]
 fn assert_nothing_left(survivor: &mut Peer, before: (usize, usize)) {
     let after = census(survivor, Some(before));
@@ -160,6 +160,10 @@ fn assert_nothing_left(survivor: &mut Peer, before: (usize, usize)) {
         after.0 <= before.0 && after.1 <= before.1,
         "descriptors and threads: {before:?} before, {after:?} after {ROUNDS} peers"
     );
+    // The census can fail.
+    survivor.tell("leak");
+    let found: String = survivor.get("census");
+    assert_eq!(found, format!("{},{}", after.0 + 1, after.1));
 }
 
 /// The ways that a process ends: always in the middle, and without a word.

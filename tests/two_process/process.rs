@@ -138,17 +138,29 @@ impl Peer {
     /// Has the child obey `command`.
     #[track_caller]
     pub(crate) fn ask(&mut self, command: impl Display) -> Result<String, String> {
-        let command = command.to_string();
-        let brief: String = command.chars().take(60).collect();
-        writeln!(self.input, "{command}").unwrap_or_else(|error| panic!("`{brief}`: {error}"));
+        self.send(command);
+        self.answer()
+    }
+
+    /// Has the child begin to obey `command`; [`Peer::answer`] has the result.
+    #[track_caller]
+    pub(crate) fn send(&mut self, command: impl Display) {
+        if let Err(error) = writeln!(self.input, "{command}") {
+            panic!("the child has ended: {error}");
+        }
+    }
+
+    /// The reply to the command before.
+    #[track_caller]
+    pub(crate) fn answer(&mut self) -> Result<String, String> {
         match self.replies.recv_timeout(LONG * 2) {
             Ok(reply) => match reply.split_once(' ') {
                 Some(("ok", value)) => Ok(value.to_owned()),
                 Some(("error", why)) => Err(why.to_owned()),
-                _ => panic!("`{brief}`: {reply}"),
+                _ => panic!("{reply}"),
             },
-            Err(RecvTimeoutError::Timeout) => panic!("`{brief}`: no answer"),
-            Err(RecvTimeoutError::Disconnected) => panic!("`{brief}`: the child has ended"),
+            Err(RecvTimeoutError::Timeout) => panic!("no answer from the child"),
+            Err(RecvTimeoutError::Disconnected) => panic!("the child has ended"),
         }
     }
 

@@ -16,21 +16,21 @@ use crate::{
 
 const SEED: u64 = 21;
 
-fn start_writer(over: Over) -> Peer {
+pub(crate) fn start_writer(over: Over) -> Peer {
     let mut writer = Peer::start(over, "prefill");
     writer.tell(format!("pool {LARGE_LAYERS} {LARGE_PAGES} {SEED}"));
     writer
 }
 
 /// Has `writer` open `arrival` and push all of it, layer after layer. Returns the name of the push.
-fn stream(writer: &mut Peer, arrival: &Arrival, pause_us: u64, pages: &[u32]) -> usize {
+pub(crate) fn stream(writer: &mut Peer, arrival: &Arrival, pause_us: u64, pages: &[u32]) -> usize {
     let push = writer.open(arrival.grant()).expect("open");
     writer.tell(format!("stream {push} {pause_us} {}", list(pages)));
     push
 }
 
 /// Waits until some layers have arrived, but not all have.
-fn in_the_middle(arrival: &Arrival) {
+pub(crate) fn in_the_middle(arrival: &Arrival) {
     arrival
         .layer_blocking(1, LONG)
         .expect("no hang")
@@ -39,8 +39,14 @@ fn in_the_middle(arrival: &Arrival) {
 
 /// Looks at the pool again and again for a second: nothing of a grant that has ended may land.
 #[track_caller]
-fn assert_stays_poisoned(cache: &Cache) {
-    let end = Instant::now() + Duration::from_secs(1);
+pub(crate) fn assert_stays_poisoned(cache: &Cache) {
+    assert_stays_poisoned_for(cache, Duration::from_secs(1));
+}
+
+/// The same, for another time.
+#[track_caller]
+pub(crate) fn assert_stays_poisoned_for(cache: &Cache, time: Duration) {
+    let end = Instant::now() + time;
     while Instant::now() < end {
         assert_eq!(changed(cache), 0, "bytes landed after the grant had ended");
         std::thread::sleep(Duration::from_millis(30));
@@ -49,7 +55,7 @@ fn assert_stays_poisoned(cache: &Cache) {
 
 /// The end of a push whose grant was taken back behind its back: it was told, or it has lost the peer.
 #[track_caller]
-fn assert_taken_back(writer: &mut Peer, push: usize) {
+pub(crate) fn assert_taken_back(writer: &mut Peer, push: usize) {
     let end = writer
         .ask(format!("pushed {push}"))
         .expect_err("taken back");
@@ -189,7 +195,6 @@ pub(crate) fn a_stopped_reader_expires(over: Over) {
     for _ in 0..2 {
         let granted = Instant::now();
         let (arrival, grant) = reader.grant(&pages, deadline);
-        // A grant that nobody has opened when the reader stops.
         let push = prefill
             .push_blocking(&source.pool, grant, LONG)
             .expect("open");
