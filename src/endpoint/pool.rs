@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     fabric::Access,
-    kv::{HeadRange, KvLayout, LayoutError, PlaneRole, pages},
+    kv::{HeadRange, KvLayout, PlaneRole, pages},
     memory::Memory,
     protocol::Blocks,
     wire::{Grant, GrantFields, PoolId, random_nonce},

@@ -57,7 +57,8 @@ impl EndpointShared {
         memory: Arc<dyn crate::memory::Memory>,
         access: Access,
     ) -> Result<Region, EndpointError> {
-        Region::register(memory, access, &self.devices).map_err(|(error, partial)| {
+        Region::register(memory, access, &self.devices).map_err(|failed| {
+            let (error, partial) = *failed;
             self.command(Command::Deregister(partial));
             error.into()
         })

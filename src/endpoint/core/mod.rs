@@ -41,7 +41,7 @@ pub(crate) use self::{
 use self::{
     pump::Scratch,
     session::{Role, Session},
-    timers::{Timer, Timers},
+    timers::Timers,
 };
 use super::{
     config::Config,
@@ -365,7 +365,7 @@ impl Core {
         for (conn, peer) in conns {
             let error = PeerError::Fabric {
                 peer,
-                source: error.clone(),
+                source: Box::new(error.clone()),
             };
             self.end_session(conn, error, Some((GoodbyeCode::Error, "rail failed")));
         }
