@@ -8,9 +8,9 @@
 //!
 //! All lanes of a context may draw from one queue of receives. Each lane's share is still bounded: it counts the
 //! receives promised to it, and a peer that takes more than its share has its lane failed and what it took replaced.
-//! Invariant: the queue holds at least as many receives as are promised in total, or is full. So a refusal for want of room is no error, and
-//! receives of a lane that went need not be taken back. A failed queue pair with a shared queue gets no flushed
-//! receives from the device; the lane reports them itself.
+//! Invariant: the queue holds at least as many receives as are promised in total, or is full. So a refusal for want of
+//! room is no error, and receives of a lane that went need not be taken back. A failed queue pair with a shared queue
+//! gets no flushed receives from the device; the lane reports them itself.
 
 mod fence;
 mod progress;

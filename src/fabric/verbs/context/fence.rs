@@ -1,12 +1,14 @@
 //! Lanes that end: by failure, by a fence.
 //!
-//! After [`Context::fence_lane`] no write of the peer may land. The queue pair is first moved to the error state,
-//! where packets that arrive are discarded (InfiniBand Architecture Specification, vol. 1, 10.3.1), and then
-//! destroyed. The first alone is not enough: it says nothing about a packet whose payload is being placed at that
-//! moment, and soft-RoCE really does return from `ibv_modify_qp(3)` while its responder may still be copying. Destroying
-//! a queue pair returns only when the device has let go of it: hardware has finished its transactions, for its
-//! resources are freed then (10.2.4), and soft-RoCE waits for its tasks. What the device has not reported until then, the lane reports itself as flushed, in
-//! order; until it is destroyed it stays as a tombstone that flushes what is posted.
+//! After [`Context::fence_lane`](crate::fabric::Context::fence_lane) no write of the peer may land. The queue pair is
+//! first moved to the error state, where packets that arrive are discarded (InfiniBand Architecture Specification,
+//! vol. 1, 10.3.1), and then destroyed. The first alone is not enough: it says nothing about a packet whose payload is
+//! being placed at that moment, and soft-RoCE returns from `ibv_modify_qp(3)` once it has told its tasks, which may
+//! still be copying (`rxe_qp_error`). Destroying a queue pair returns only when the device has let go of it: hardware
+//! has finished its transactions, for its resources are freed then (10.2.4), and soft-RoCE waits for its tasks.
+//!
+//! What the device has not reported until then, the lane reports itself as flushed, in order; until it is destroyed it
+//! stays as a tombstone that flushes what is posted.
 
 use std::ptr;
 
