@@ -119,6 +119,16 @@ impl Actor {
                 }));
                 Ok(String::new())
             }
+            // whole PUSH PAGES: pushes all layers and the tail, in one go.
+            "whole" => {
+                let push = &self.pushes[&(number(1) as usize)];
+                let pages = unlist(words[2]);
+                (0..self.cache().layout.layers.len())
+                    .try_for_each(|layer| push.layer(layer, &pages))
+                    .and_then(|()| push.start_finish("end"))
+                    .map(|()| String::new())
+                    .map_err(|error| push_error(&error))
+            }
             // finish PUSH TAIL: once everything has been streamed.
             "finish" => {
                 self.join();

@@ -92,15 +92,20 @@ pub(crate) fn a_stopped_writer_is_revoked(over: Over) {
     let destination = Cache::poisoned(&decode, &large());
     let mut writer = start_writer(over);
     let pages = random.distinct(LARGE_PAGES as usize, LARGE_PAGES);
-    for round in 0..5 {
+    let (mut round, mut halfway) = (0, 0);
+    // Until it has been in the middle often enough.
+    while halfway < 4 {
+        round += 1;
+        assert!(round < 30, "the writer is never in the middle of its push");
         let arrival = destination.pool.grant("stopped", &pages, LONG).unwrap();
         let pause = random.pick(&[0, 500, 5000]);
         let push = stream(&mut writer, &arrival, pause, &pages);
-        let delay = Duration::from_micros(random.below(60_000));
+        let delay = Duration::from_micros(random.below(20_000 + 8 * pause));
         std::thread::sleep(delay);
         writer.stop();
         let begun = Instant::now();
         let layers = arrival.complete_layers();
+        halfway += u32::from((1..LARGE_LAYERS as u32).contains(&layers));
         let end = arrival.revoke_blocking(LONG).expect("no hang");
         let waited = begun.elapsed();
         poison(&destination);
