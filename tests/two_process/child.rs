@@ -57,8 +57,13 @@ impl Actor {
     fn obey(&mut self, words: &[&str]) -> Result<String, String> {
         let number = |at: usize| words[at].parse::<u64>().expect("a number");
         match words[0] {
-            // bind NAME ADDRESS: starts the endpoint.
-            "bind" => self.bind(self.over.builder(words[1]), words[2]),
+            // bind NAME ADDRESS LANES: starts the endpoint.
+            "bind" => {
+                let builder = self.over.builder(words[1]);
+                // Few transfers, so that those that are not given back are missed.
+                let builder = builder.lanes_per_rail(number(3) as u16).max_transfers(256);
+                self.bind(builder, words[2])
+            }
             // stranger ADDRESS: starts the endpoint with another key.
             "stranger" => {
                 let builder = self.over.builder("stranger").auth(Auth::psk([8; 32]));
@@ -123,11 +128,13 @@ impl Actor {
             "whole" => {
                 let push = &self.pushes[&(number(1) as usize)];
                 let pages = unlist(words[2]);
-                (0..self.cache().layout.layers.len())
-                    .try_for_each(|layer| push.layer(layer, &pages))
-                    .and_then(|()| push.start_finish("end"))
-                    .map(|()| String::new())
-                    .map_err(|error| push_error(&error))
+                for layer in 0..self.cache().layout.layers.len() {
+                    let pushed = push.layer(layer, &pages);
+                    pushed.map_err(|error| push_error(&error))?;
+                }
+                let finished = push.start_finish("end");
+                finished.map_err(|error| push_error(&error))?;
+                Ok(String::new())
             }
             // finish PUSH TAIL: once everything has been streamed.
             "finish" => {
