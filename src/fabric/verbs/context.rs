@@ -16,8 +16,8 @@
 //! # Shared receive queue
 //!
 //! All lanes of a context may draw from one queue of receives. Each lane's share is still bounded: it counts the
-//! receives promised to it, and a peer that takes more than its share has its lane failed. Invariant: the queue holds
-//! at least as many receives as are promised in total, or is full. So a refusal for want of room is no error, and
+//! receives promised to it, and a peer that takes more than its share has its lane failed and what it took replaced.
+//! Invariant: the queue holds at least as many receives as are promised in total, or is full. So a refusal for want of room is no error, and
 //! receives of a lane that went need not be taken back. A failed queue pair with a shared queue gets no flushed
 //! receives from the device; the lane reports them itself.
 
@@ -65,6 +65,8 @@ pub(super) struct VerbsContext {
     stash: VecDeque<Completion>,
     /// Lanes that failed in the batch being read.
     failing: Vec<LaneId>,
+    /// Receives that lanes took from the shared queue beyond their share in the batch being read.
+    overdrawn: u32,
     armed: bool,
     polls: u32,
     fatal: Option<String>,
@@ -100,6 +102,7 @@ impl VerbsContext {
             batch: Box::new([sys::ibv_wc::zeroed(); BATCH]),
             stash: VecDeque::with_capacity(MOST_PER_POLL),
             failing: Vec::with_capacity(BATCH),
+            overdrawn: 0,
             armed: false,
             polls: 0,
             fatal: None,
@@ -267,7 +270,24 @@ impl VerbsContext {
             };
             out.extend(self.translate(wc));
         }
+        self.replace_overdrawn()?;
         Ok(count)
+    }
+
+    /// Puts back what lanes took from the shared queue beyond their share, so that it is not the others' loss.
+    fn replace_overdrawn(&mut self) -> Result<(), FabricError> {
+        let count = std::mem::take(&mut self.overdrawn);
+        let (Some(shared), 1..) = (&self.srq, count) else {
+            return Ok(());
+        };
+        match self
+            .poster
+            .post_receives(ReceiveQueue::Shared(shared.srq), count)
+            .1
+        {
+            Ok(()) | Err(libc::ENOMEM) => Ok(()),
+            Err(errno) => Err(self.place().os("ibv_post_srq_recv", errno)),
+        }
     }
 
     /// Accounts for one work completion. `None` if its lane is gone.
@@ -290,15 +310,15 @@ impl VerbsContext {
             },
             WrId::Receive { .. } => {
                 // After the lane has reported its receives as flushed there is none left to complete.
-                match lane.receives.checked_sub(1) {
-                    Some(left) => lane.receives = left,
-                    None if lane.state == LaneState::Connected => {
+                let Some(left) = lane.receives.checked_sub(1) else {
+                    self.overdrawn += 1;
+                    if lane.state == LaneState::Connected {
                         tracing::warn!(lane = %lane.id, "the peer sent more immediates than it was allowed");
                         self.failing.push(lane.id);
-                        return None;
                     }
-                    None => return None,
-                }
+                    return None;
+                };
+                lane.receives = left;
                 if status == Status::Success && wc.imm.is_none() {
                     // A plain send, which no peer of ours posts.
                     status = Status::Other(sys::IBV_WC_GENERAL_ERR);

@@ -3,10 +3,7 @@
 //! Both are non-blocking. The engine sleeps on the epoll descriptor and never reads it; draining goes through the
 //! library, which pairs every event with an acknowledgement. Owned by the thread of its context.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::fabric::FabricError;
 
@@ -222,20 +219,4 @@ pub(super) fn next_event(device: &VerbsDevice) -> Result<Option<Event>, FabricEr
     unsafe { lib.ack_async_event(event) };
     tracing::debug!(device = %device.place().device, event = word, "asynchronous event");
     Ok(Some(meaning))
-}
-
-/// Waits for nothing: used by tests to see whether a descriptor is readable.
-#[cfg(test)]
-pub(super) fn readable(fd: RawFd) -> io::Result<bool> {
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one descriptor, no waiting.
-    match unsafe { libc::poll(&raw mut poll, 1, 0) } {
-        0 => Ok(false),
-        1 => Ok(true),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

@@ -107,9 +107,11 @@ fn a_healthy_host_has_no_findings() {
 
 #[test]
 fn a_host_without_anything_is_told_both_halves() {
-    let mut host = Inventory::default();
-    host.library = LibraryFacts::Missing {
-        tried: vec!["libibverbs.so.1: not found".into()],
+    let host = Inventory {
+        library: LibraryFacts::Missing {
+            tried: vec!["libibverbs.so.1: not found".into()],
+        },
+        ..Inventory::default()
     };
     let findings = diagnose(&host);
     assert_eq!(findings.len(), 2, "{findings:#?}");
@@ -129,8 +131,10 @@ fn a_host_without_anything_is_told_both_halves() {
 
 #[test]
 fn a_kernel_without_soft_roce_is_not_told_to_load_it() {
-    let mut host = Inventory::default();
-    host.library = healthy().library;
+    let mut host = Inventory {
+        library: healthy().library,
+        ..Inventory::default()
+    };
     host.host.modules = vec![KernelModule {
         name: "rdma_rxe",
         loaded: false,
