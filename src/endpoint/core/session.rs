@@ -83,12 +83,12 @@ impl Session {
 
     /// A session that this side opens, expecting `expected` to answer.
     pub(super) fn dialled(
-        expected: Incarnation,
+        expected: Option<Incarnation>,
         peer_name: String,
         untried: Vec<FabricKind>,
     ) -> Self {
         Self {
-            expected: Some(expected),
+            expected,
             untried,
             ..Self::new(Role::Dialler, peer_name)
         }

@@ -203,13 +203,24 @@ impl Core {
         if let Some(&conn) = self.dialled.get(&incarnation) {
             return conn;
         }
+        let conn = self.dial(Some(incarnation), addresses, timeout);
+        self.dialled.insert(incarnation, conn);
+        conn
+    }
+
+    /// Dials `addresses`, expecting `expected` there if given.
+    pub(super) fn dial(
+        &mut self,
+        expected: Option<crate::Incarnation>,
+        addresses: &[String],
+        timeout: Duration,
+    ) -> ConnId {
         let conn = self.allocate_conn();
         let mut kinds: Vec<FabricKind> = self.rails.iter().map(|rail| rail.kind).collect();
         kinds.sort_unstable();
         kinds.dedup();
-        let session = Session::dialled(incarnation, addresses.join(", "), kinds);
+        let session = Session::dialled(expected, addresses.join(", "), kinds);
         self.sessions.insert(conn, session);
-        self.dialled.insert(incarnation, conn);
         self.control.connect(conn, addresses.to_vec(), timeout);
         conn
     }
@@ -386,6 +397,7 @@ impl Core {
             }
         }
         session.phase = Phase::Ready;
+        self.connect_ready(conn, ack.incarnation);
     }
 
     /// The peer does not want these lanes: try the next fabric that it has.
@@ -696,7 +708,11 @@ impl Core {
             return;
         };
         session.pushes.remove(&push);
-        if session.phase != Phase::Ready && session.pushes.is_empty() && !self.has_accesses(conn) {
+        if session.phase != Phase::Ready
+            && session.pushes.is_empty()
+            && !self.has_accesses(conn)
+            && !self.connects.contains_key(&conn)
+        {
             self.end_session(conn, PeerError::Closed, None);
         }
     }
