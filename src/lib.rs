@@ -1,6 +1,5 @@
 //! kvpush moves LLM KV-cache pages from prefill memory straight into decode memory.
 
-#![allow(dead_code, unused_imports)]
 pub mod endpoint;
 pub mod fabric;
 pub mod kv;

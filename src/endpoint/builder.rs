@@ -290,7 +290,7 @@ fn tail_arena(
         Access::REMOTE_WRITE,
         devices,
     )
-    .map_err(|(error, _)| error)?;
+    .map_err(|failed| failed.0)?;
     Ok(Arc::new(TailArena::new(memory, region, slots, capacity)))
 }
 

@@ -9,7 +9,7 @@ use crate::{
     fabric::{FabricError, FabricKind, LaneId, Status},
     kv::{HeadRange, LayoutError, PlanError, pages::PageError},
     memory::MemoryError,
-    wire::{GoodbyeCode, GrantError, Incarnation, RefuseCode, RejectCode, RevokeReason, WireError},
+    wire::{GoodbyeCode, GrantError, Incarnation, RefuseCode, RejectCode, RevokeReason},
 };
 
 /// Why an endpoint could not be made or used.
@@ -213,7 +213,7 @@ pub enum PeerError {
         /// Its address.
         peer: String,
         /// Why.
-        source: FabricError,
+        source: Box<FabricError>,
     },
     /// It sent what it must not.
     #[error("{peer} broke the protocol: {detail}")]
@@ -466,15 +466,6 @@ impl AccessError {
             Self::Peer(error) => error.is_retryable(),
             Self::Expired => true,
             Self::OutOfRange { .. } | Self::NotAllowed(_) => false,
-        }
-    }
-}
-
-impl PeerError {
-    pub(crate) fn protocol(peer: &str, error: &WireError) -> Self {
-        Self::Protocol {
-            peer: peer.to_owned(),
-            detail: error.to_string(),
         }
     }
 }

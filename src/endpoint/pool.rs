@@ -7,11 +7,11 @@ use bytes::Bytes;
 use super::{
     Arrival, Endpoint, EndpointError, IssueError,
     core::{ArrivalEntry, Command},
-    shared::{ArrivalShared, PoolHandle, PoolRecord},
+    shared::{ArrivalShared, EndpointShared, PoolHandle, PoolRecord},
 };
 use crate::{
     fabric::Access,
-    kv::{HeadRange, KvLayout, LayoutError, PlaneRole, pages},
+    kv::{HeadRange, KvLayout, PlaneRole, pages},
     memory::Memory,
     protocol::Blocks,
     wire::{Grant, GrantFields, PoolId, random_nonce},
@@ -72,9 +72,19 @@ impl Endpoint {
         layout: KvLayout,
         memory: Vec<Arc<dyn Memory>>,
     ) -> Result<Pool, EndpointError> {
+        self.shared().register_pool(layout, memory)
+    }
+}
+
+impl EndpointShared {
+    pub(super) fn register_pool(
+        self: &Arc<Self>,
+        layout: KvLayout,
+        memory: Vec<Arc<dyn Memory>>,
+    ) -> Result<Pool, EndpointError> {
         let lengths: Vec<u64> = memory.iter().map(|memory| memory.length()).collect();
         layout.validate(&lengths)?;
-        let shared = self.shared();
+        let shared = self;
         let mut regions = Vec::with_capacity(memory.len());
         for memory in memory {
             match shared.register(memory, Access::REMOTE_WRITE) {

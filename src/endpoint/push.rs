@@ -95,7 +95,18 @@ impl Endpoint {
         grant: Grant,
         timeout: Option<Duration>,
     ) -> Result<Push, PushError> {
-        let shared = self.shared();
+        self.shared().start_push(pool, grant, timeout)
+    }
+}
+
+impl EndpointShared {
+    pub(super) fn start_push(
+        self: &Arc<Self>,
+        pool: &Pool,
+        grant: Grant,
+        timeout: Option<Duration>,
+    ) -> Result<Push, PushError> {
+        let shared = self;
         let id = shared.next_push.fetch_add(1, Ordering::Relaxed);
         let record = &pool.handle.record;
         let state = Arc::new(PushShared {

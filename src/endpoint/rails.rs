@@ -6,7 +6,7 @@ use super::{EndpointError, config::Config};
 use crate::fabric::{
     Device, FabricKind,
     tcp::{TcpConfig, TcpDevice},
-    verbs,
+    verbs::VerbsDevice,
 };
 
 /// Most rails: what a control message can name.
@@ -23,7 +23,10 @@ pub(super) fn open(
     for kind in &config.fabrics {
         match kind {
             FabricKind::Verbs => {
-                reasons.push("verbs: not merged".to_owned());
+                let (devices, skipped) =
+                    VerbsDevice::open_all(&config.verbs, config.devices.as_deref());
+                rails.extend(devices.into_iter().map(|device| device as Arc<dyn Device>));
+                reasons.extend(skipped.iter().map(ToString::to_string));
             }
             FabricKind::Tcp => {
                 let options = TcpConfig {

@@ -57,7 +57,8 @@ impl EndpointShared {
         memory: Arc<dyn crate::memory::Memory>,
         access: Access,
     ) -> Result<Region, EndpointError> {
-        Region::register(memory, access, &self.devices).map_err(|(error, partial)| {
+        Region::register(memory, access, &self.devices).map_err(|failed| {
+            let (error, partial) = *failed;
             self.command(Command::Deregister(partial));
             error.into()
         })
@@ -284,7 +285,7 @@ impl TailSlot {
         let written = self
             .arena
             .memory
-            .write(self.offset(), zerocopy::IntoBytes::as_bytes(&header))
+            .write(self.offset(), &header.to_bytes())
             .and_then(|()| self.arena.memory.write(payload, tail));
         debug_assert!(written.is_ok(), "{written:?}");
         (TailHeader::SIZE + tail.len()) as u32
@@ -431,7 +432,7 @@ mod tests {
         let absurd = TailHeader::new(generation, 1 << 20);
         arena
             .memory
-            .write(slot.offset(), zerocopy::IntoBytes::as_bytes(&absurd))
+            .write(slot.offset(), &absurd.to_bytes())
             .unwrap();
         assert_eq!(slot.load(generation), None);
     }

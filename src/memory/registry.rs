@@ -27,7 +27,7 @@ impl Region {
         memory: Arc<dyn Memory>,
         access: Access,
         rails: &[Arc<dyn Device>],
-    ) -> Result<Self, (MemoryError, Self)> {
+    ) -> Result<Self, Box<(MemoryError, Self)>> {
         let mut region = Self {
             memory,
             access,
@@ -40,7 +40,7 @@ impl Region {
                 device.register(region.memory.address(), region.memory.length(), access)
             } {
                 Ok(keys) => region.keys.push(keys),
-                Err(error) => return Err((error.into(), region)),
+                Err(error) => return Err(Box::new((error.into(), region))),
             }
         }
         Ok(region)

@@ -92,6 +92,7 @@ impl<F> ArrivalMachine<F> {
     }
 
     /// Whether the end has been reported.
+    #[cfg(test)]
     pub(crate) fn is_ended(&self) -> bool {
         matches!(self.state, State::Ended)
     }

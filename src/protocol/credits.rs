@@ -23,11 +23,13 @@ impl SendCredits {
     }
 
     /// Free send-queue slots.
+    #[cfg(test)]
     pub(crate) fn slots(&self) -> u32 {
         self.slots
     }
 
     /// Whether the peer has a receive for one more immediate.
+    #[cfg(test)]
     pub(crate) fn has_receive(&self) -> bool {
         self.consumed < self.announced
     }

@@ -40,11 +40,6 @@ impl Blocks {
         self.layers
     }
 
-    /// Pages of each layer.
-    pub(crate) fn pages(&self) -> u32 {
-        self.pages
-    }
-
     /// Blocks of each layer.
     pub(crate) fn per_layer(&self) -> u32 {
         self.per_layer

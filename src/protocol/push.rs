@@ -92,11 +92,13 @@ impl<F> PushMachine<F> {
     }
 
     /// Whether the end has been reported.
+    #[cfg(test)]
     pub(crate) fn is_ended(&self) -> bool {
         matches!(self.state, State::Ended)
     }
 
     /// Requests in flight.
+    #[cfg(test)]
     pub(crate) fn in_flight(&self) -> u64 {
         self.in_flight
     }

@@ -87,10 +87,6 @@ impl<'a> Reader<'a> {
         }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.rest.is_empty()
-    }
-
     pub(crate) fn take(
         &mut self,
         field: &'static str,

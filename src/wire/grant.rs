@@ -156,6 +156,7 @@ impl Grant {
     }
 
     /// All it says, the secret included.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn fields(&self) -> &GrantFields {
         &self.fields
     }

@@ -81,14 +81,4 @@ impl TailHeader {
         }
         rest.get(..usize::try_from(header.length.get()).ok()?)
     }
-
-    /// The generation of the grant.
-    pub(crate) fn generation(&self) -> u32 {
-        self.generation.get()
-    }
-
-    /// Bytes of payload.
-    pub(crate) fn length(&self) -> u32 {
-        self.length.get()
-    }
 }

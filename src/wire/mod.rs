@@ -29,7 +29,6 @@ mod tests;
 pub use auth::Auth;
 pub(crate) use channel::Channel;
 pub use channel::ChannelError;
-pub(crate) use codec::Address;
 pub use codec::{WireError, WireErrorKind};
 pub use envelope::GrantError;
 pub use grant::Grant;

@@ -98,6 +98,7 @@ impl RegionToken {
     }
 
     /// All it says, the secret included.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn fields(&self) -> &RegionTokenFields {
         &self.fields
     }

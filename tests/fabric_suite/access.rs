@@ -111,8 +111,14 @@ pub(crate) fn foreign_local_key_is_refused(mut pair: Pair) {
         .post(lane, &[write, behind], &[piece])
         .expect("post");
     pair.until("both", |pair| pair.a.sends().len() == 2);
-    let wanted = [(1, Status::LocalProtection), (2, Status::Flushed)];
-    assert_eq!(pair.a.sends(), wanted);
+    // Soft-RoCE finds out so late that it calls it a local operation error (IBV_WC_LOC_QP_OP_ERR).
+    let [(1, first), (2, Status::Flushed)] = pair.a.sends()[..] else {
+        panic!("{:?}", pair.a.sends());
+    };
+    assert!(
+        matches!(first, Status::LocalProtection | Status::Other(2)),
+        "{first:?}"
+    );
     same_bytes("untouched", &to.all(), &[POISON; PAGE]);
 }
 

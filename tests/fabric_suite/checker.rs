@@ -34,8 +34,5 @@ fn a_missing_byte_is_noticed() {
 #[should_panic(expected = "bytes differ")]
 fn a_wrong_transfer_is_noticed() {
     let _shared = crate::harness::descriptors_may_change();
-    match crate::factories::tcp_pair() {
-        Some(pair) => crate::transfers::write_and_compare(pair, 1),
-        None => panic!("bytes differ: not run, another fabric was chosen"),
-    }
+    crate::transfers::write_and_compare(crate::factories::tcp_pair(), 1);
 }

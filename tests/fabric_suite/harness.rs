@@ -260,17 +260,21 @@ pub(crate) fn sge(memory: &Memory, keys: &MemoryKeys, offset: usize, length: usi
     }
 }
 
+/// `KVPUSH_SEED`, or one from the clock.
+pub(crate) fn seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    match std::env::var("KVPUSH_SEED") {
+        Ok(text) => text.parse().expect("KVPUSH_SEED is a number"),
+        Err(_) => now.map_or(1, |d| d.as_nanos() as u64),
+    }
+}
+
 /// A small generator (xorshift64*, Vigna 2016) whose seed is printed.
 pub(crate) struct Random(u64);
 
 impl Random {
     pub(crate) fn new(case: &str) -> Self {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let fresh = now.map_or(1, |d| d.as_nanos() as u64);
-        let seed = match std::env::var("KVPUSH_SEED") {
-            Ok(text) => text.parse().expect("KVPUSH_SEED is a number"),
-            Err(_) => fresh,
-        };
+        let seed = seed();
         println!("{case}: KVPUSH_SEED={seed}");
         Self(seed | 1)
     }

@@ -20,7 +20,15 @@ hand, against rdma-sys; and the devices it finds, against the ibverbs crate. Nee
 librdmacm, and libclang; on Debian, run as root, installs them.
 ";
 
-const PACKAGES: &[&str] = &["libibverbs-dev", "librdmacm-dev", "libclang-dev"];
+const PACKAGES: &[&str] = &[
+    "cmake",
+    "libclang-dev",
+    "libibverbs-dev",
+    "libnl-3-dev",
+    "libnl-route-3-dev",
+    "librdmacm-dev",
+    "pkg-config",
+];
 const MANIFEST: &str = "tests/oracle/Cargo.toml";
 
 /// The command.

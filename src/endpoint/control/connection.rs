@@ -260,7 +260,6 @@ impl Connection {
                 conn,
                 peer,
                 // Fails only if the connection has broken meanwhile, which the next read will tell.
-                local: self.socket.local_addr().unwrap_or(peer),
             },
         });
         for message in std::mem::take(&mut self.early).messages {

@@ -20,7 +20,9 @@ mod tests;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+#[cfg(test)]
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -43,6 +45,7 @@ impl ConnId {
     pub(crate) const MAX_DIALED: u64 = (1 << 48) - 1;
 
     /// Whether the peer dialled.
+    #[cfg(test)]
     pub(crate) const fn is_accepted(self) -> bool {
         self.0 & Self::ACCEPTED != 0
     }
@@ -84,11 +87,7 @@ pub(crate) enum ControlEvent {
     /// A peer dialled and has authenticated itself.
     Accepted { conn: ConnId, peer: SocketAddr },
     /// A connection dialled by the driver is established and the peer authenticated.
-    Connected {
-        conn: ConnId,
-        peer: SocketAddr,
-        local: SocketAddr,
-    },
+    Connected { conn: ConnId, peer: SocketAddr },
     /// One message; empty ones are possible.
     Message { conn: ConnId, bytes: Received },
     /// The last event of a connection.
@@ -217,6 +216,7 @@ impl ControlThread {
 /// The driver's side of the control thread. Dropping it closes every connection as [`ControlHandle::shutdown`] does.
 pub(crate) struct ControlHandle {
     mailbox: Mailbox,
+    #[cfg_attr(not(test), expect(dead_code, reason = "only tests look at it"))]
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
 }
@@ -246,16 +246,19 @@ impl ControlHandle {
     }
 
     /// Accepted connections that ended before the peer had authenticated itself.
+    #[cfg(test)]
     pub(crate) fn refused(&self) -> u64 {
         self.counters.refused.load(Ordering::Relaxed)
     }
 
     /// How often the thread has woken up. It does not grow while nothing happens.
+    #[cfg(test)]
     pub(crate) fn wakeups(&self) -> u64 {
         self.counters.wakeups.load(Ordering::Relaxed)
     }
 
     /// Closes every connection, sending what is queued for at most [`ControlConfig::linger`], and ends the thread.
+    #[cfg(test)]
     pub(crate) fn shutdown(mut self) {
         self.stop();
     }

@@ -5,13 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{
-    Core,
-    pump::{Owner, Task},
-    reader::region_keys,
-    session::{Phase, Session},
-    timers::Timer,
-};
+use super::{Core, pump::Task, reader::region_keys, session::Phase, timers::Timer};
 use crate::{
     endpoint::{AccessError, PeerError, control::ConnId, shared::AccessShared},
     fabric::{Opcode, RemoteKey, Sge},
@@ -229,10 +223,10 @@ impl Core {
 
     pub(super) fn region_accepted(&mut self, conn: ConnId, accept: RegionAccept) {
         let id = accept.request;
-        if !self
+        if self
             .accesses
             .get(&id)
-            .is_some_and(|access| access.conn == Some(conn))
+            .is_none_or(|access| access.conn != Some(conn))
         {
             return;
         }
@@ -268,10 +262,10 @@ impl Core {
     }
 
     pub(super) fn region_refused(&mut self, conn: ConnId, refuse: RegionRefuse) {
-        if !self
+        if self
             .accesses
             .get(&refuse.request)
-            .is_some_and(|access| access.conn == Some(conn))
+            .is_none_or(|access| access.conn != Some(conn))
         {
             return;
         }
@@ -290,10 +284,11 @@ impl Core {
             return;
         };
         access.in_flight = access.in_flight.saturating_sub(requests.into());
-        if access.in_flight == 0 && access.wholly_posted {
-            if let Some(access) = self.accesses.remove(&id) {
-                access.shared.finish(Ok(()));
-            }
+        if access.in_flight == 0
+            && access.wholly_posted
+            && let Some(access) = self.accesses.remove(&id)
+        {
+            access.shared.finish(Ok(()));
         }
     }
 

@@ -41,7 +41,7 @@ pub(crate) use self::{
 use self::{
     pump::Scratch,
     session::{Role, Session},
-    timers::{Timer, Timers},
+    timers::Timers,
 };
 use super::{
     config::Config,
@@ -69,6 +69,9 @@ pub(super) struct Rail {
     pub(super) completions_free: u32,
     pub(super) dead: bool,
 }
+
+/// A device, its context, and the completion-queue entries it was opened with.
+pub(crate) type OpenRail = (Arc<dyn Device>, Box<dyn Context>, u32);
 
 /// See the module's documentation.
 pub(crate) struct Core {
@@ -98,7 +101,7 @@ impl Core {
     pub(crate) fn new(
         config: Arc<Config>,
         incarnation: Incarnation,
-        rails: Vec<(Arc<dyn Device>, Box<dyn Context>, u32)>,
+        rails: Vec<OpenRail>,
         control: Box<dyn Control>,
         tails: Arc<TailArena>,
     ) -> Self {
@@ -171,13 +174,6 @@ impl Core {
             .iter_mut()
             .filter(|rail| !rail.dead)
             .map(|rail| &mut rail.context)
-    }
-
-    /// Requests in flight or queued, arrivals and pushes not ended: whether a poll soon is worth the effort.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.sessions
-            .values()
-            .any(|session| session.lanes.iter().any(session::Lane::is_busy))
     }
 
     /// Ends everything: sessions are told, lanes fenced, all waiting callers answered.
@@ -365,7 +361,7 @@ impl Core {
         for (conn, peer) in conns {
             let error = PeerError::Fabric {
                 peer,
-                source: error.clone(),
+                source: Box::new(error.clone()),
             };
             self.end_session(conn, error, Some((GoodbyeCode::Error, "rail failed")));
         }

@@ -11,7 +11,7 @@ use std::{collections::HashMap, sync::Arc};
 use super::{AccessEntry, Core, PushEntry, Rail, session::Lane};
 use crate::{
     endpoint::control::ConnId,
-    fabric::{FabricError, LocalKey, Opcode, RemoteKey, Sge, WorkRequest},
+    fabric::{FabricError, Opcode, Sge, WorkRequest},
     protocol::Batch,
 };
 
@@ -101,7 +101,10 @@ impl Core {
             scratch: &mut self.scratch,
         };
         if let Err(source) = work.run(lane) {
-            let error = crate::endpoint::PeerError::Fabric { peer, source };
+            let error = crate::endpoint::PeerError::Fabric {
+                peer,
+                source: source.into(),
+            };
             self.end_session(
                 conn,
                 error,

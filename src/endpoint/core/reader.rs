@@ -2,8 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
-
 use super::{
     Core,
     session::{Phase, Role, Session},
@@ -331,7 +329,7 @@ impl Core {
                 Err(source) => {
                     let error = PeerError::Fabric {
                         peer: session.name(),
-                        source,
+                        source: source.into(),
                     };
                     self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
                     return;
@@ -481,12 +479,12 @@ impl Core {
                     }),
                     ArrivalEnd::Failed(error) => Err(error),
                 };
-                if let Some((conn, push, imm_slot)) = arrival.opened {
-                    if let Some(session) = self.sessions.get_mut(&conn) {
-                        session.slots[usize::from(imm_slot)] = None;
-                        if result.is_ok() {
-                            self.send(conn, &Message::Done { push });
-                        }
+                if let Some((conn, push, imm_slot)) = arrival.opened
+                    && let Some(session) = self.sessions.get_mut(&conn)
+                {
+                    session.slots[usize::from(imm_slot)] = None;
+                    if result.is_ok() {
+                        self.send(conn, &Message::Done { push });
                     }
                 }
                 // The pages are free before anyone is told, so that a caller who waits for the end can grant them.

@@ -133,11 +133,6 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// Whether completions are to come or work is waiting.
-    pub(super) fn is_busy(&self) -> bool {
-        self.ledger.in_flight() > 0 || self.current.is_some() || !self.queue.is_empty()
-    }
-
     /// How much is waiting, to find the least loaded lane.
     pub(super) fn backlog(&self) -> u64 {
         self.queue.len() as u64 + u64::from(self.current.is_some()) + self.ledger.in_flight()

@@ -1,1 +1,4 @@
-//! Whole cores under simulated time.
+//! Whole cores under simulated time: every message, completion and deadline happens when the schedule says.
+
+mod schedules;
+mod world;

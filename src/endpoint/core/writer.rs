@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{
     Core,
-    pump::{Current, Owner, Task},
+    pump::{Current, Task},
     session::{Phase, Role, Session},
     timers::Timer,
 };
@@ -373,7 +373,10 @@ impl Core {
             let context = &mut self.rails[lane.rail].context;
             if let Err(source) = context.connect_lane(lane.id, &answer.address, address.ip(), true)
             {
-                let error = PeerError::Fabric { peer, source };
+                let error = PeerError::Fabric {
+                    peer,
+                    source: source.into(),
+                };
                 self.end_session(
                     conn,
                     error,

@@ -190,7 +190,12 @@ impl Context for SimContext {
         let mut world = self
             .world("post")
             .map_err(|source| PostError { posted: 0, source })?;
-        world.post(self.at(lane), requests, sges)
+        let at = self.at(lane);
+        if world.lane_mut(at).is_none() {
+            let source = self.no_lane("post", lane);
+            return Err(PostError { posted: 0, source });
+        }
+        world.post(at, requests, sges)
     }
 
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {

@@ -21,12 +21,12 @@ use super::{
         MrId, PostError, Sge, Status, WorkRequest,
     },
     device::{TcpDevice, os_error},
-    greet::{Greeting, Pending, Progress},
-    lane::{Lane, Phase, Timing},
+    greet::Pending,
+    lane::{Lane, Phase, Timing, after},
     memory::MemoryView,
     send::Failure,
-    sys::{self, Timer},
-    wire::{Hello, Token, decode_address, encode_address, same_token},
+    sys::Timer,
+    wire::{Token, decode_address, encode_address, same_token},
 };
 
 const LISTENER: Key = Key(0);
@@ -39,31 +39,27 @@ const PENDING: usize = usize::MAX / 2;
 const POLL_COMPLETIONS: usize = 256;
 /// Most lanes serviced by one poll.
 const POLL_LANES: usize = 64;
-/// Most sockets accepted by one poll.
-const POLL_ACCEPTS: usize = 32;
-/// How long the listener rests when the process is out of descriptors or memory.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// See the module's description.
 #[derive(Debug)]
 pub(super) struct TcpContext {
-    device: Arc<TcpDevice>,
-    timing: Timing,
-    poll: Poll,
+    pub(super) device: Arc<TcpDevice>,
+    pub(super) timing: Timing,
+    pub(super) poll: Poll,
     events: Events,
-    listener: TcpListener,
-    listener_ready: bool,
-    listener_pause: Option<Instant>,
+    pub(super) listener: TcpListener,
+    pub(super) listener_ready: bool,
+    pub(super) listener_pause: Option<Instant>,
     timer: Timer,
     /// When the timer fires.
     timer_at: Option<Instant>,
     memory: MemoryView,
-    lanes: HashMap<LaneId, Box<Lane>>,
+    pub(super) lanes: HashMap<LaneId, Box<Lane>>,
     next_lane: u32,
     /// Lanes with something to do, in turn.
     ready: VecDeque<LaneId>,
-    pending: BTreeMap<usize, Pending>,
-    next_pending: usize,
+    pub(super) pending: BTreeMap<usize, Pending>,
+    pub(super) next_pending: usize,
 }
 
 impl TcpContext {
@@ -122,7 +118,7 @@ impl TcpContext {
     }
 
     /// Makes sure that the timer fires no later than `at`.
-    fn schedule(&mut self, at: Option<Instant>) {
+    pub(super) fn schedule(&mut self, at: Option<Instant>) {
         let Some(at) = at else { return };
         if self.timer_at.is_none_or(|current| at < current) {
             self.timer_at = Some(at);
@@ -133,7 +129,8 @@ impl TcpContext {
         }
     }
 
-    fn enqueue(&mut self, id: LaneId) {
+    /// Has the next poll service lane `id`.
+    pub(super) fn enqueue(&mut self, id: LaneId) {
         if let Some(lane) = self.lanes.get_mut(&id).filter(|lane| !lane.queued) {
             lane.queued = true;
             self.ready.push_back(id);
@@ -186,8 +183,13 @@ impl TcpContext {
             self.listener_pause = None;
             self.listener_ready = true;
         }
-        self.pending.retain(|_, pending| pending.deadline > now);
-        let mut next = self.pending.values().map(|pending| pending.deadline).min();
+        self.pending
+            .retain(|_, pending| pending.deadline.is_none_or(|deadline| deadline > now));
+        let mut next = self
+            .pending
+            .values()
+            .filter_map(|pending| pending.deadline)
+            .min();
         next = [next, self.listener_pause].into_iter().flatten().min();
         let mut due = Vec::new();
         for lane in self.lanes.values_mut() {
@@ -203,125 +205,12 @@ impl TcpContext {
         self.schedule(next);
     }
 
-    fn accept(&mut self) {
-        for _ in 0..POLL_ACCEPTS {
-            match self.listener.accept() {
-                Ok((stream, _)) => self.add_pending(stream),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.listener_ready = false;
-                    return;
-                }
-                Err(error) => {
-                    // The connection died in the queue (accept(2)), or there are no descriptors: rest, then go on.
-                    tracing::debug!(%error, "accept");
-                    self.listener_ready = false;
-                    self.listener_pause = Some(Instant::now() + ACCEPT_PAUSE);
-                    self.schedule(self.listener_pause);
-                    return;
-                }
-            }
-        }
-    }
-
-    fn add_pending(&mut self, mut stream: TcpStream) {
-        if self.pending.len() >= self.device.config().max_pending {
-            // The one that has been silent longest makes room; those that named a lane stay.
-            let silent = self
-                .pending
-                .iter()
-                .find(|(_, pending)| pending.hello.is_none());
-            match silent.map(|(key, _)| *key) {
-                Some(key) => drop(self.pending.remove(&key)),
-                None => return,
-            }
-        }
-        let key = self.next_pending;
-        self.next_pending += 1;
-        if let Err(error) = self.tune(&stream).and_then(|()| {
-            let interest = Interest::READABLE;
-            self.poll
-                .registry()
-                .register(&mut stream, Key(key), interest)
-        }) {
-            tracing::debug!(%error, "accepted socket");
-            return;
-        }
-        let deadline = Instant::now() + self.timing.hello;
-        let pending = Pending {
-            stream,
-            greeting: Greeting::new(),
-            hello: None,
-            deadline,
-        };
-        self.pending.insert(key, pending);
-        self.schedule(Some(deadline));
-        self.read_pending(key);
-    }
-
-    fn tune(&self, stream: &TcpStream) -> io::Result<()> {
-        let config = self.device.config();
-        let (send, receive) = (config.send_buffer, config.receive_buffer);
-        sys::tune_socket(stream.as_raw_fd(), send, receive, config.peer_timeout)
-    }
-
-    fn read_pending(&mut self, key: usize) {
-        let Some(pending) = self.pending.get_mut(&key) else {
-            return;
-        };
-        if pending.hello.is_some() {
-            // More bytes, or the end; the lane will read them.
-            return;
-        }
-        let hello = match pending.greeting.read(&mut pending.stream) {
-            Ok(Progress::Partial) => return,
-            Ok(Progress::Done(hello)) => hello,
-            Ok(Progress::Refused) | Err(_) => {
-                self.pending.remove(&key);
-                return;
-            }
-        };
-        pending.hello = Some(hello);
-        // Every lane is compared, so that time tells nothing about the tokens.
-        let mut named = None;
-        for lane in self.lanes.values() {
-            let waits = matches!(lane.phase, Phase::Idle | Phase::Awaiting);
-            if same_token(&lane.token, &hello.to) & waits {
-                named = Some((lane.id, lane.phase));
-            }
-        }
-        match named {
-            // This side has not connected its lane yet; connect_lane will look here.
-            Some((_, Phase::Idle)) => {}
-            Some((id, _)) => self.adopt(id, key, &hello),
-            None => drop(self.pending.remove(&key)),
-        }
-    }
-
-    /// Gives the accepted socket to the lane it names, if the peer is the one that was announced.
-    fn adopt(&mut self, id: LaneId, key: usize, hello: &Hello) {
-        let Some(pending) = self.pending.remove(&key) else {
-            return;
-        };
-        let mut stream = pending.stream;
-        let Some(lane) = self.lanes.get_mut(&id) else {
-            return;
-        };
-        if !same_token(&lane.peer_token, &hello.from) {
-            return;
-        }
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        let registered = self
-            .poll
-            .registry()
-            .reregister(&mut stream, lane_key(id), interest);
-        match registered {
-            Ok(()) => lane.adopt(stream, hello),
-            Err(error) => lane.fail(Failure::lost(error.raw_os_error().unwrap_or(libc::EIO))),
-        }
-        self.enqueue(id);
-    }
-
-    fn dial(&mut self, id: LaneId, to: SocketAddr, deadline: Instant) -> Result<(), FabricError> {
+    fn dial(
+        &mut self,
+        id: LaneId,
+        to: SocketAddr,
+        deadline: Option<Instant>,
+    ) -> Result<(), FabricError> {
         let interest = Interest::READABLE | Interest::WRITABLE;
         let stream = TcpStream::connect(to).and_then(|mut stream| {
             self.tune(&stream)?;
@@ -337,7 +226,7 @@ impl TcpContext {
         if let Some(lane) = self.lanes.get_mut(&id) {
             lane.stream = Some(stream);
             lane.phase = Phase::Connecting;
-            lane.deadline = Some(deadline);
+            lane.deadline = deadline;
         }
         Ok(())
     }
@@ -365,7 +254,8 @@ impl TcpContext {
     }
 }
 
-fn lane_key(id: LaneId) -> Key {
+/// The key of a lane's socket in the epoll set.
+pub(super) fn lane_key(id: LaneId) -> Key {
     Key(LANES + id.0 as usize)
 }
 
@@ -429,12 +319,12 @@ impl Context for TcpContext {
         if state.phase != Phase::Idle {
             return Err(self.lane_state(OPERATION, lane, "connected already"));
         }
-        let deadline = Instant::now() + self.timing.connect;
+        let deadline = after(self.timing.connect);
         state.peer_token = peer_token;
         if dial {
             self.dial(lane, SocketAddr::new(host, port), deadline)?;
         } else {
-            state.deadline = Some(deadline);
+            state.deadline = deadline;
             state.phase = Phase::Awaiting;
             let token = state.token;
             // The peer may have dialled first.
@@ -448,7 +338,7 @@ impl Context for TcpContext {
                 self.adopt(lane, key, &hello);
             }
         }
-        self.schedule(Some(deadline));
+        self.schedule(deadline);
         Ok(())
     }
 

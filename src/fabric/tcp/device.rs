@@ -38,7 +38,8 @@ pub struct TcpConfig {
     pub hello_timeout: Duration,
     /// How long a write with immediate waits for the peer to post a receive.
     pub rnr_timeout: Duration,
-    /// How long an unreachable peer goes unnoticed (`TCP_USER_TIMEOUT`, keep-alive; see `tcp(7)`).
+    /// How long a peer may be unreachable, or leave its socket unread while data waits for it, before the lane fails
+    /// (`TCP_USER_TIMEOUT`, keep-alive; see `tcp(7)`).
     pub peer_timeout: Duration,
     /// Most accepted sockets that have not named a lane yet.
     pub max_pending: usize,

@@ -69,7 +69,7 @@ pub(super) struct Pending {
     pub(super) greeting: Greeting,
     /// A complete hello whose lane is not connected on this side yet.
     pub(super) hello: Option<Hello>,
-    pub(super) deadline: Instant,
+    pub(super) deadline: Option<Instant>,
 }
 
 impl Lane {

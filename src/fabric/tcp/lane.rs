@@ -243,7 +243,7 @@ impl Lane {
                 );
                 self.phase = Phase::Refusing;
                 self.rnr_deadline = None;
-                self.deadline = Some(Instant::now() + timing.peer);
+                self.deadline = after(timing.peer);
                 self.transmitter.refuse(sequence, why);
                 if let Err(Fault::Fail(failure)) = self.flush(memory, timing, SERVICE_TRAINS) {
                     self.fail(failure);
@@ -316,6 +316,11 @@ impl Lane {
                 Phase::Idle | Phase::Awaiting | Phase::Failed => false,
             }
     }
+}
+
+/// The instant `time` from now; none if that is beyond what the clock can tell.
+pub(super) fn after(time: Duration) -> Option<Instant> {
+    Instant::now().checked_add(time)
 }
 
 /// Trains sent in one service of a lane, so that lanes share the thread fairly.

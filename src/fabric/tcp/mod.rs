@@ -7,9 +7,9 @@
 //!
 //! # Frames
 //!
-//! Both directions are a sequence of *trains*: up to [`wire::TRAIN`] headers, then the payloads of those headers in
+//! Both directions are a sequence of *trains*: up to 64 headers, then the payloads of those headers in
 //! the same order. Because the receiver knows all headers of a train before the first payload byte, it can aim one
-//! `readv` at many pages. Long messages are cut into segments of at most [`wire::TRAIN_BYTES`], so that
+//! `readv` at many pages. Long messages are cut into segments of at most 512 KiB, so that
 //! acknowledgements and read responses are never stuck behind one; the first segment announces the whole range, which
 //! is checked before a byte is placed.
 //!
@@ -27,6 +27,7 @@
 //! control channel. Everything a peer sends is checked before use: token, header, sequence, key, range, permission,
 //! credit. Run it on networks that are trusted as an RDMA network is.
 
+mod accept;
 mod context;
 mod device;
 mod greet;
@@ -39,3 +40,6 @@ mod transmit;
 mod wire;
 
 pub use device::{TcpConfig, TcpDevice};
+
+#[cfg(test)]
+mod tests;

@@ -378,7 +378,7 @@ impl Lane {
             Op::Ack => {}
             Op::Nak => {
                 let why = Refusal::from_wire(header.imm.get());
-                if !self.send.acknowledge(sequence) {
+                if !self.send.refused_at(sequence) {
                     return Err(Fault::Fail(Failure::protocol()));
                 }
                 return Err(Fault::Fail(match why {

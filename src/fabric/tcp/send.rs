@@ -94,6 +94,8 @@ pub(super) struct SendQueue {
     reads: VecDeque<u64>,
     /// How much of the oldest one has been placed.
     read_offset: u32,
+    /// Whether a failed request has been taken; all later ones are flushed, whether executed or not.
+    broken: bool,
 }
 
 impl SendQueue {
@@ -118,6 +120,7 @@ impl SendQueue {
             acked: 0,
             reads: VecDeque::with_capacity(MAX_READS),
             read_offset: 0,
+            broken: false,
         }
     }
 
@@ -250,6 +253,15 @@ impl SendQueue {
         possible
     }
 
+    /// The peer refused request `sequence`, so it executed those before; `false` if that is impossible.
+    pub(super) fn refused_at(&mut self, sequence: u64) -> bool {
+        let possible = sequence < self.sent || (sequence == self.sent && self.sent_offset > 0);
+        if possible {
+            self.acked = self.acked.max(sequence);
+        }
+        possible
+    }
+
     /// The `ahead`-th outstanding read: number, slot, and how much of it is placed.
     pub(super) fn read_in_flight(&self, ahead: usize) -> Option<(u64, Slot, u32)> {
         let sequence = *self.reads.get(ahead)?;
@@ -304,9 +316,10 @@ impl SendQueue {
             let Some(slot) = self.slot(self.head) else {
                 return;
             };
-            let (status, vendor_error) = if self.is_done(self.head) {
+            let (status, vendor_error) = if !self.broken && self.is_done(self.head) {
                 (Status::Success, 0)
             } else if let Some(failure) = failure.as_deref_mut() {
+                self.broken = true;
                 let first = std::mem::replace(failure, Failure::new(Status::Flushed));
                 (first.status, first.vendor)
             } else {

@@ -3,13 +3,13 @@
 //! A train, once built, is sent to its end before another is built; its pieces point at the train's headers, the send
 //! queue's inline copies and registered memory, none of which moves or is reused before the train is out.
 
-use std::{collections::VecDeque, io, time::Instant};
+use std::{collections::VecDeque, io};
 
 use zerocopy::IntoBytes;
 
 use super::{
     super::{Opcode, Status},
-    lane::{Fault, Lane, Phase, ReceiveQueue, Timing},
+    lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
     memory::{Intent, MemoryView, Region},
     send::{Failure, Gather, SendQueue, pieces},
     sys::{self, Iov},
@@ -408,7 +408,7 @@ impl Lane {
             if !self.transmitter.stalled {
                 self.rnr_deadline = None;
             } else if self.rnr_deadline.is_none() {
-                self.rnr_deadline = Some(Instant::now() + timing.rnr);
+                self.rnr_deadline = after(timing.rnr);
             }
         }
         Ok(())
@@ -425,6 +425,6 @@ impl Lane {
         }
         self.phase = Phase::Lingering;
         self.readable = true;
-        self.deadline = Some(Instant::now() + timing.peer);
+        self.deadline = after(timing.peer);
     }
 }

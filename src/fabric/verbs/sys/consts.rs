@@ -7,6 +7,10 @@ use super::*;
 macro_rules! constants {
     ($($(#[$meta:meta])* $ty:ty { $($name:ident = $value:expr,)* })*) => {
         $($(pub const $name: $ty = $value;)*)*
+
+        /// Every constant above with its value, so that the oracle can tell when it was not told about one.
+        #[cfg(feature = "oracle")]
+        pub const CONSTANTS: &[(&str, i128)] = &[$($((stringify!($name), $name as i128),)*)*];
     };
 }
 

@@ -168,7 +168,7 @@ pub struct ibv_context {
 /// The extended context around an [`ibv_context`] whose `abi_compat` is all ones.
 ///
 /// New releases add fields in front, so only distances from the end are stable: a field is present when `sz`, the
-/// library's own size of the struct, reaches back to it. `ibv_get_ctx_op` in this module does that arithmetic.
+/// library's own size of the struct, reaches back to it. the arithmetic is in `inline.rs`.
 #[repr(C)]
 pub struct verbs_context {
     pub query_port: Option<

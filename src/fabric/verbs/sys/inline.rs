@@ -1,6 +1,6 @@
 //! The verbs that the C header defines as `static inline`: calls through the provider's function table.
 //!
-//! They need no [`Verbs`](super::Verbs): the object passed in leads to its context and that to the provider. These
+//! They need no [`Verbs`]: the object passed in leads to its context and that to the provider. These
 //! are the hot path; none allocates, locks (beyond what the provider does) or makes a system call of its own.
 
 use std::ffi::c_int;
@@ -241,7 +241,7 @@ unsafe fn extended(context: *mut ibv_context, offset: usize) -> Option<*mut verb
     // SAFETY: the marker says that the library allocated this context inside a `verbs_context`; `sz` lies right
     // before the context in every release.
     let size = unsafe { (&raw const (*whole).sz).read() };
-    // Fields are counted from the end: the library's struct must reach back at least to ours.
+    // Fields are counted from the end: the library's struct must reach back at least to this one.
     (size >= size_of::<verbs_context>() - offset).then_some(whole)
 }
 
@@ -280,5 +280,174 @@ pub(super) unsafe fn query_device_ex_op(
     unsafe {
         extended(context, offset_of!(verbs_context, query_device_ex))
             .and_then(|whole| (*whole).query_device_ex)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ptr;
+
+    use super::*;
+
+    /// A context whose provider is the functions below. `sz` and `abi_compat` decide what is visible of it.
+    fn provider() -> Box<verbs_context> {
+        // SAFETY: made of integers, raw pointers, `Option`s of functions and a pthread mutex, all valid when zero.
+        let mut whole: Box<verbs_context> = unsafe { Box::new(std::mem::zeroed()) };
+        whole.sz = size_of::<verbs_context>();
+        whole.query_port = Some(query_port);
+        whole.context.abi_compat = ptr::without_provenance_mut(usize::MAX);
+        whole.context.ops.post_send = Some(post_send);
+        whole.context.ops.poll_cq = Some(poll_cq);
+        whole
+    }
+
+    fn context(whole: &mut Box<verbs_context>) -> *mut ibv_context {
+        let whole: *mut verbs_context = &raw mut **whole;
+        // SAFETY: in bounds; derived from the whole, as the library's own pointer is.
+        unsafe { &raw mut (*whole).context }
+    }
+
+    unsafe extern "C" fn query_port(
+        _: *mut ibv_context,
+        port: u8,
+        attr: *mut ibv_port_attr,
+        len: usize,
+    ) -> c_int {
+        assert_eq!(len, size_of::<ibv_port_attr>());
+        // SAFETY: the caller passes a whole struct.
+        unsafe { (*attr).lid = u16::from(port) };
+        0
+    }
+
+    /// Refuses the second request of a chain.
+    unsafe extern "C" fn post_send(
+        _: *mut ibv_qp,
+        wr: *mut ibv_send_wr,
+        bad: *mut *mut ibv_send_wr,
+    ) -> c_int {
+        // SAFETY: the test passes a chain.
+        unsafe {
+            if (*wr).next.is_null() {
+                return 0;
+            }
+            *bad = (*wr).next;
+        }
+        libc::ENOMEM
+    }
+
+    /// Fills one entry, or fails with a provider's private code when there is no room.
+    unsafe extern "C" fn poll_cq(_: *mut ibv_cq, room: c_int, wc: *mut ibv_wc) -> c_int {
+        if room == 0 {
+            return -2;
+        }
+        // SAFETY: there is room for one.
+        unsafe { (*wc).wr_id = 7 };
+        1
+    }
+
+    fn qp(context: *mut ibv_context) -> ibv_qp {
+        // SAFETY: as in `provider`.
+        let mut qp: ibv_qp = unsafe { std::mem::zeroed() };
+        qp.context = context;
+        qp
+    }
+
+    #[test]
+    fn return_codes_of_all_conventions() {
+        assert_eq!(check(0), Ok(()));
+        assert_eq!(check(libc::ENOMEM), Err(Errno::new(libc::ENOMEM)));
+        assert_eq!(check(-libc::ENOMEM), Err(Errno::new(libc::ENOMEM)));
+        // SAFETY: closing a descriptor that cannot exist only sets errno.
+        let rc = unsafe { libc::close(-1) };
+        assert_eq!(check(rc), Err(Errno::new(libc::EBADF)));
+    }
+
+    #[test]
+    fn a_refused_post_names_the_request() {
+        let mut whole = provider();
+        let mut qp = qp(context(&mut whole));
+        let mut second = ibv_send_wr::zeroed();
+        let mut first = ibv_send_wr::zeroed();
+        // SAFETY: a queue pair of the provider above and a chain of one, then of two.
+        let (one, two) = unsafe {
+            let one = ibv_post_send(&raw mut qp, &raw mut first);
+            first.next = &raw mut second;
+            (one, ibv_post_send(&raw mut qp, &raw mut first))
+        };
+        assert!(one.is_ok());
+        let error = two.expect_err("the second is refused");
+        assert_eq!(
+            (error.errno.code(), error.bad),
+            (libc::ENOMEM, &raw mut second)
+        );
+    }
+
+    #[test]
+    fn a_verb_that_the_provider_lacks_is_unsupported() {
+        let mut whole = provider();
+        let mut qp = qp(context(&mut whole));
+        let mut wr = ibv_recv_wr::zeroed();
+        // SAFETY: a queue pair of the provider above and a chain of one.
+        let error = unsafe { ibv_post_recv(&raw mut qp, &raw mut wr) }.expect_err("no post_recv");
+        assert_eq!(
+            (error.errno.code(), error.bad),
+            (libc::EOPNOTSUPP, &raw mut wr)
+        );
+    }
+
+    #[test]
+    fn polling_counts_or_fails() {
+        let mut whole = provider();
+        // SAFETY: as in `provider`.
+        let mut cq: ibv_cq = unsafe { std::mem::zeroed() };
+        cq.context = context(&mut whole);
+        let mut wc = [ibv_wc::zeroed(); 2];
+        // SAFETY: a completion queue of the provider above.
+        let (some, none) = unsafe {
+            (
+                ibv_poll_cq(&raw mut cq, &mut wc),
+                ibv_poll_cq(&raw mut cq, &mut []),
+            )
+        };
+        assert_eq!((some, wc[0].wr_id), (Ok(1), 7));
+        assert_eq!(none, Err(Errno::new(libc::EIO)));
+    }
+
+    #[test]
+    fn the_extended_context_is_used_only_where_it_exists() {
+        let mut whole = provider();
+        let ctx = context(&mut whole);
+        // SAFETY: `ctx` is a context inside a `verbs_context`, as the library makes them.
+        unsafe {
+            let query = query_port_op(ctx).expect("present");
+            let mut attr = ibv_port_attr::zeroed();
+            assert_eq!(
+                (
+                    query(ctx, 3, &raw mut attr, size_of::<ibv_port_attr>()),
+                    attr.lid
+                ),
+                (0, 3)
+            );
+            assert!(query_device_ex_op(ctx).is_none(), "null in the table");
+        }
+
+        // A library from before `query_port`: its struct begins one field later.
+        whole.sz = size_of::<verbs_context>() - size_of::<UnusedOp>();
+        let ctx = context(&mut whole);
+        // SAFETY: as above.
+        assert!(unsafe { query_port_op(ctx) }.is_none());
+
+        // A library from before extensions has no struct around the context at all.
+        whole.sz = size_of::<verbs_context>();
+        whole.context.abi_compat = ptr::null_mut();
+        let ctx = context(&mut whole);
+        // SAFETY: as above.
+        assert!(unsafe { query_port_op(ctx) }.is_none());
+    }
+
+    #[test]
+    fn window_keys_count_in_their_low_byte() {
+        assert_eq!(ibv_inc_rkey(0x1234_5600), 0x1234_5601);
+        assert_eq!(ibv_inc_rkey(0x1234_56ff), 0x1234_5600);
     }
 }

@@ -1,0 +1,355 @@
+//! Several endpoints, a simulated fabric and a simulated control network in one thread, under virtual time.
+
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64},
+    },
+    time::Duration,
+};
+
+use crossbeam::channel::Receiver;
+use parking_lot::Mutex;
+
+use super::super::{Command, Control, ControlEvent, Core};
+use crate::{
+    endpoint::{
+        Pool,
+        config::Config,
+        control::{CloseReason, ConnId},
+        shared::{EndpointShared, TailArena},
+        wake::WakeHandle,
+    },
+    fabric::{
+        Access, Device,
+        sim::{SimConfig, SimNet},
+    },
+    kv::{KvLayout, region_lengths},
+    memory::{HostMemory, Memory, Region},
+    protocol::Time,
+    wire::Incarnation,
+};
+
+/// What a core asks of its control connections.
+enum Request {
+    Connect(ConnId, Vec<String>),
+    Send(ConnId, Vec<u8>),
+    Close(ConnId),
+}
+
+#[derive(Clone, Default)]
+struct Requests(Arc<Mutex<Vec<Request>>>);
+
+impl Control for Requests {
+    fn connect(&mut self, conn: ConnId, addresses: Vec<String>, _timeout: Duration) {
+        self.0.lock().push(Request::Connect(conn, addresses));
+    }
+
+    fn send(&mut self, conn: ConnId, message: Vec<u8>) {
+        self.0.lock().push(Request::Send(conn, message));
+    }
+
+    fn close(&mut self, conn: ConnId) {
+        self.0.lock().push(Request::Close(conn));
+    }
+}
+
+/// One endpoint.
+pub(super) struct Node {
+    pub(super) core: Core,
+    pub(super) shared: Arc<EndpointShared>,
+    commands: Receiver<Command>,
+    requests: Requests,
+    /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
+    pub(super) running: bool,
+    inbox: Vec<ControlEvent>,
+}
+
+/// Everything there is.
+pub(super) struct World {
+    pub(super) net: SimNet,
+    pub(super) now: u64,
+    pub(super) nodes: Vec<Node>,
+    pub(super) random: Random,
+    /// Control events on their way: time, a number that keeps the order, whose, what.
+    transit: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    events: HashMap<u64, ControlEvent>,
+    sequence: u64,
+    /// Both ends of each connection.
+    ends: HashMap<(usize, ConnId), (usize, ConnId)>,
+    /// Nothing overtakes on one connection.
+    latest: HashMap<(usize, ConnId), u64>,
+    accepted: u64,
+}
+
+/// splitmix64.
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+
+    pub(super) fn chance(&mut self, in_thousand: u64) -> bool {
+        self.below(1000) < in_thousand
+    }
+}
+
+impl World {
+    pub(super) fn new(seed: u64, count: usize, config: &Config) -> Self {
+        let net = SimNet::new(SimConfig::seeded(seed));
+        let nodes = (0..count)
+            .map(|index| Node::new(&net, index, config, seed))
+            .collect();
+        Self {
+            net,
+            now: 0,
+            nodes,
+            random: Random::new(seed),
+            transit: BinaryHeap::new(),
+            events: HashMap::new(),
+            sequence: 0,
+            ends: HashMap::new(),
+            latest: HashMap::new(),
+            accepted: 0,
+        }
+    }
+
+    /// One round: every node acts once. Returns whether any did something.
+    pub(super) fn round(&mut self) -> bool {
+        let mut active = false;
+        for index in 0..self.nodes.len() {
+            let node = &mut self.nodes[index];
+            if !node.running {
+                continue;
+            }
+            let mut events = std::mem::take(&mut node.inbox);
+            let mut commands = node.commands.try_iter().collect();
+            active |= node.core.step(Time(self.now), &mut commands, &mut events);
+            let requests = std::mem::take(&mut *node.requests.0.lock());
+            active |= !requests.is_empty();
+            for request in requests {
+                self.request(index, request);
+            }
+        }
+        active
+    }
+
+    /// Lets `span` of virtual time pass, with everything that happens in it.
+    pub(super) fn run(&mut self, span: Duration, mut check: impl FnMut(&mut Self)) {
+        let end = self.now + span.as_nanos() as u64;
+        loop {
+            while self.round() {
+                check(self);
+            }
+            let deadlines = self.nodes.iter().filter(|node| node.running);
+            let next = deadlines
+                .filter_map(|node| node.core.next_deadline())
+                .map(|time| time.0)
+                .chain(self.net.next_event())
+                .chain(self.transit.peek().map(|Reverse((time, ..))| *time))
+                .min();
+            match next {
+                Some(time) if time <= end => self.advance(time.max(self.now + 1)),
+                _ => {
+                    self.advance(end);
+                    check(self);
+                    return;
+                }
+            }
+            check(self);
+        }
+    }
+
+    fn advance(&mut self, time: u64) {
+        self.now = self.now.max(time);
+        self.net.advance_to(self.now);
+        while self
+            .transit
+            .peek()
+            .is_some_and(|Reverse((due, ..))| *due <= self.now)
+        {
+            let Some(Reverse((_, sequence, node))) = self.transit.pop() else {
+                return;
+            };
+            if let Some(event) = self.events.remove(&sequence) {
+                self.nodes[node].inbox.push(event);
+            }
+        }
+    }
+
+    /// Cuts all control connections of `node`, as if its process had died.
+    pub(super) fn cut(&mut self, node: usize) {
+        let conns: Vec<_> = self
+            .ends
+            .keys()
+            .filter(|(n, _)| *n == node)
+            .copied()
+            .collect();
+        for (node, conn) in conns {
+            if let Some((peer, peer_conn)) = self.ends.remove(&(node, conn)) {
+                self.ends.remove(&(peer, peer_conn));
+                for (node, conn) in [(node, conn), (peer, peer_conn)] {
+                    let reason = CloseReason::PeerClosed;
+                    self.deliver(node, conn, ControlEvent::Closed { conn, reason });
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, node: usize, request: Request) {
+        match request {
+            Request::Connect(conn, addresses) => {
+                let peer = addresses.first().and_then(|address| {
+                    let index = address.strip_prefix("node-")?.split(':').next()?;
+                    index
+                        .parse::<usize>()
+                        .ok()
+                        .filter(|&peer| peer < self.nodes.len())
+                });
+                let Some(peer) = peer else {
+                    let reason = CloseReason::Dial {
+                        attempts: Vec::new(),
+                    };
+                    self.deliver(node, conn, ControlEvent::Closed { conn, reason });
+                    return;
+                };
+                self.accepted += 1;
+                let other = ConnId(1 << 63 | self.accepted);
+                self.ends.insert((node, conn), (peer, other));
+                self.ends.insert((peer, other), (node, conn));
+                let (here, there) = (address(node), address(peer));
+                self.deliver(
+                    peer,
+                    other,
+                    ControlEvent::Accepted {
+                        conn: other,
+                        peer: here,
+                    },
+                );
+                self.deliver(node, conn, ControlEvent::Connected { conn, peer: there });
+            }
+            Request::Send(conn, bytes) => {
+                if let Some(&(peer, conn)) = self.ends.get(&(node, conn)) {
+                    self.deliver(peer, conn, ControlEvent::Message { conn, bytes });
+                }
+            }
+            Request::Close(conn) => {
+                if let Some((peer, other)) = self.ends.remove(&(node, conn)) {
+                    self.ends.remove(&(peer, other));
+                    let reason = CloseReason::PeerClosed;
+                    self.deliver(
+                        peer,
+                        other,
+                        ControlEvent::Closed {
+                            conn: other,
+                            reason,
+                        },
+                    );
+                }
+            }
+        }
+    }
+
+    /// Sends `event` on its way to one end of a connection, behind what was sent there before.
+    fn deliver(&mut self, node: usize, conn: ConnId, event: ControlEvent) {
+        let delay = 1_000 + self.random.below(200_000);
+        let latest = self.latest.entry((node, conn)).or_default();
+        *latest = (self.now + delay).max(*latest + 1);
+        self.sequence += 1;
+        self.transit.push(Reverse((*latest, self.sequence, node)));
+        self.events.insert(self.sequence, event);
+    }
+}
+
+fn address(node: usize) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, node as u8 + 1)), 7700)
+}
+
+impl Node {
+    fn new(net: &SimNet, index: usize, config: &Config, seed: u64) -> Self {
+        let device: Arc<dyn Device> = net.device(&format!("sim{index}"));
+        let config = Arc::new(Config {
+            name: format!("node-{index}"),
+            ..config.clone()
+        });
+        let (slots, capacity) = (config.max_transfers, config.tail_capacity);
+        let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity)).unwrap());
+        let shared_memory = Arc::clone(&memory) as Arc<dyn Memory>;
+        let devices = vec![Arc::clone(&device)];
+        let region = Region::register(shared_memory, Access::REMOTE_WRITE, &devices).unwrap();
+        let tails = Arc::new(TailArena::new(memory, region, slots, capacity));
+        let mut name = [0; 16];
+        name[..8].copy_from_slice(&seed.to_le_bytes());
+        name[8] = index as u8 + 1;
+        let incarnation = Incarnation(name);
+        let (commands, inbox) = crossbeam::channel::unbounded();
+        let depth = 1 << 12;
+        let context = Arc::clone(&device).open_context(depth).unwrap();
+        let requests = Requests::default();
+        let core = Core::new(
+            Arc::clone(&config),
+            incarnation,
+            vec![(device, context, depth)],
+            Box::new(requests.clone()),
+            Arc::clone(&tails),
+        );
+        let shared = Arc::new(EndpointShared {
+            config,
+            incarnation,
+            addresses: vec![format!("node-{index}:7700")],
+            devices,
+            tails,
+            closed: AtomicBool::new(false),
+            next_pool: AtomicU32::new(1),
+            next_export: AtomicU32::new(1),
+            next_push: AtomicU64::new(1),
+            commands,
+            wake: WakeHandle::new().unwrap(),
+        });
+        Self {
+            core,
+            shared,
+            commands: inbox,
+            requests,
+            running: true,
+            inbox: Vec::new(),
+        }
+    }
+
+    /// A pool in one region for each layer, all bytes `fill`.
+    pub(super) fn pool(&self, layout: &KvLayout, fill: u8) -> (Pool, Vec<Arc<HostMemory>>) {
+        let memory: Vec<_> = region_lengths(layout)
+            .unwrap()
+            .into_iter()
+            .map(|length| {
+                let memory = Arc::new(HostMemory::new(length).unwrap());
+                memory.fill(0, length, fill).unwrap();
+                memory
+            })
+            .collect();
+        let shared = memory
+            .iter()
+            .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
+            .collect();
+        (
+            self.shared.register_pool(layout.clone(), shared).unwrap(),
+            memory,
+        )
+    }
+}

@@ -1,0 +1,807 @@
+//! The data path of a rail: completion queue, lanes, receives.
+//!
+//! One thread owns a context. Nothing blocks; creating, connecting, fencing and destroying lanes make system calls,
+//! posting and polling do not (except on soft-RoCE, whose doorbell is one).
+//!
+//! # Fencing
+//!
+//! After [`Context::fence_lane`] no write of the peer may land. The queue pair is first moved to the error state,
+//! where packets that arrive are discarded (InfiniBand Architecture Specification, vol. 1, 10.3.1), and then
+//! destroyed. The first alone is not enough: it says nothing about a packet whose payload is being placed at that
+//! moment, and soft-RoCE really does return from `ibv_modify_qp(3)` while its responder may still be copying. Destroying
+//! a queue pair returns only when the device has let go of it: hardware has finished its transactions (10.2.4.4), and
+//! soft-RoCE waits for its tasks. What the device has not reported until then, the lane reports itself as flushed, in
+//! order; until it is destroyed it stays as a tombstone that flushes what is posted.
+//!
+//! # Shared receive queue
+//!
+//! All lanes of a context may draw from one queue of receives. Each lane's share is still bounded: it counts the
+//! receives promised to it, and a peer that takes more than its share has its lane failed and what it took replaced.
+//! Invariant: the queue holds at least as many receives as are promised in total, or is full. So a refusal for want of room is no error, and
+//! receives of a lane that went need not be taken back. A failed queue pair with a shared queue gets no flushed
+//! receives from the device; the lane reports them itself.
+
+use std::{collections::VecDeque, net::IpAddr, os::fd::RawFd, ptr, sync::Arc};
+
+use crate::fabric::{
+    Completion, CompletionKind, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig,
+    LaneId, MrId, PostError, Sge, Status, WorkRequest,
+};
+
+use super::{
+    address::VerbsAddress,
+    device::VerbsDevice,
+    error::Place,
+    events::{Completions, Event, next_event},
+    lane::{
+        Lane, LaneState, Outstanding, Path, WrId, error_attributes, init_attributes, modify,
+        random_psn, rtr_attributes, rts_attributes,
+    },
+    link::PortState,
+    poll::{BATCH, WorkCompletion},
+    post::{Limits, Poster, ReceiveQueue},
+    sys::{self, Zeroable as _},
+};
+
+/// Completions handed out with one poll, besides the flushed receives of a lane that fails with the last of them.
+const MOST_PER_POLL: usize = 4 * BATCH;
+/// Polls between two looks at the asynchronous events, which cost a system call. A sleeping engine looks each time.
+const EVENT_INTERVAL: u32 = 4096;
+
+/// The data path of one [`VerbsDevice`].
+pub(super) struct VerbsContext {
+    device: Arc<VerbsDevice>,
+    /// Taken only on drop.
+    completions: Option<Completions>,
+    srq: Option<Shared>,
+    /// Sorted by id, which only grows.
+    lanes: Vec<Lane>,
+    /// Queue pair number to lane, sorted; receives from a shared queue are named by it.
+    numbers: Vec<(u32, LaneId)>,
+    next_lane: u32,
+    poster: Poster,
+    batch: Box<[sys::ibv_wc; BATCH]>,
+    /// Found while arming, fencing or destroying; handed out before anything newer.
+    stash: VecDeque<Completion>,
+    /// Lanes that failed in the batch being read.
+    failing: Vec<LaneId>,
+    /// Receives that lanes took from the shared queue beyond their share in the batch being read.
+    overdrawn: u32,
+    armed: bool,
+    polls: u32,
+    fatal: Option<String>,
+}
+
+// SAFETY: all pointers are to verbs objects, which any thread may use; the value is used by the one that owns it.
+unsafe impl Send for VerbsContext {}
+
+struct Shared {
+    srq: *mut sys::ibv_srq,
+    depth: u32,
+}
+
+impl VerbsContext {
+    pub(super) fn new(
+        device: Arc<VerbsDevice>,
+        completion_depth: u32,
+    ) -> Result<Self, FabricError> {
+        let completions = Completions::new(&device, completion_depth)?;
+        let srq = shared_receive_queue(&device, completion_depth);
+        let limits = Limits {
+            max_message: device.info_ref().caps.max_message,
+            max_read_sge: device.limits().max_sge_rd,
+        };
+        Ok(Self {
+            device,
+            completions: Some(completions),
+            srq,
+            lanes: Vec::new(),
+            numbers: Vec::new(),
+            next_lane: 0,
+            poster: Poster::new(limits),
+            batch: Box::new([sys::ibv_wc::zeroed(); BATCH]),
+            stash: VecDeque::with_capacity(MOST_PER_POLL),
+            failing: Vec::with_capacity(BATCH),
+            overdrawn: 0,
+            armed: false,
+            polls: 0,
+            fatal: None,
+        })
+    }
+
+    fn place(&self) -> &Place {
+        self.device.place()
+    }
+
+    fn index(&self, id: LaneId) -> Option<usize> {
+        self.lanes.binary_search_by_key(&id, |lane| lane.id).ok()
+    }
+
+    fn lane(&self, id: LaneId, operation: &'static str) -> Result<usize, FabricError> {
+        self.index(id).ok_or_else(|| {
+            let kind = FabricErrorKind::LaneState {
+                lane: id,
+                state: "not there",
+            };
+            self.place().error(operation, kind)
+        })
+    }
+
+    fn check_fatal(&self, operation: &'static str) -> Result<(), FabricError> {
+        match &self.fatal {
+            None => Ok(()),
+            Some(what) => Err(self
+                .place()
+                .error(operation, FabricErrorKind::Fatal(what.clone()))),
+        }
+    }
+
+    /// Creates the queue pair of `lane`, as far as INIT.
+    fn create_queue_pair(&self, config: &LaneConfig) -> Result<*mut sys::ibv_qp, FabricError> {
+        let place = self.place();
+        let Some(completions) = &self.completions else {
+            return Err(place.error("ibv_create_qp", FabricErrorKind::Fatal("closed".into())));
+        };
+        let asked = sys::ibv_qp_cap {
+            max_send_wr: config.send_depth.max(1),
+            max_recv_wr: if self.srq.is_some() {
+                0
+            } else {
+                config.receive_depth.max(1)
+            },
+            max_send_sge: config.max_sge.max(1),
+            max_recv_sge: u32::from(self.srq.is_none()),
+            max_inline_data: config.max_inline,
+        };
+        let mut init = sys::ibv_qp_init_attr::zeroed();
+        init.send_cq = completions.cq();
+        init.recv_cq = completions.cq();
+        init.srq = self
+            .srq
+            .as_ref()
+            .map_or(ptr::null_mut(), |shared| shared.srq);
+        init.qp_type = sys::IBV_QPT_RC;
+        init.sq_sig_all = 0;
+        init.cap = asked;
+        // SAFETY: domain, completion queue and shared receive queue are live and outlive the queue pair.
+        let qp = unsafe {
+            self.device
+                .lib()
+                .create_qp(self.device.domain().raw(), &mut init)
+        }
+        .map_err(|errno| place.os("ibv_create_qp", errno.code()))?;
+        let granted = init.cap;
+        let checked = [
+            ("send depth", asked.max_send_wr, granted.max_send_wr),
+            ("gather elements", asked.max_send_sge, granted.max_send_sge),
+            (
+                "inline bytes",
+                asked.max_inline_data,
+                granted.max_inline_data,
+            ),
+            ("receive depth", asked.max_recv_wr, granted.max_recv_wr),
+        ]
+        .into_iter()
+        // The receive capacity of a queue pair with a shared queue is whatever the driver left in it.
+        .filter(|(what, ..)| self.srq.is_none() || *what != "receive depth")
+        .try_for_each(|(what, asked, granted)| {
+            place.limit("ibv_create_qp", what, u64::from(asked), u64::from(granted))
+        })
+        .and_then(|()| {
+            let attributes = init_attributes(place.port);
+            // SAFETY: made just above.
+            unsafe {
+                modify(
+                    self.device.lib(),
+                    qp,
+                    attributes,
+                    "ibv_modify_qp(INIT)",
+                    place,
+                )
+            }
+        });
+        if let Err(error) = checked {
+            self.destroy_queue_pair(qp);
+            return Err(error);
+        }
+        Ok(qp)
+    }
+
+    fn destroy_queue_pair(&self, qp: *mut sys::ibv_qp) {
+        // SAFETY: the caller has it from `create_queue_pair` and forgets it.
+        if let Err(errno) = unsafe { self.device.lib().destroy_qp(qp) } {
+            tracing::warn!(%errno, "ibv_destroy_qp");
+        }
+    }
+
+    /// Posts `count` receives for the lane at `index`.
+    fn replenish(&mut self, index: usize, count: u32) -> Result<(), FabricError> {
+        let Some(lane) = self.lanes.get_mut(index) else {
+            return Ok(());
+        };
+        let queue = match &self.srq {
+            Some(shared) => ReceiveQueue::Shared(shared.srq),
+            None => ReceiveQueue::Lane(lane.id, lane.qp),
+        };
+        let (posted, result) = self.poster.post_receives(queue, count);
+        match result {
+            Ok(()) => {}
+            // A full shared queue holds all that is promised.
+            Err(libc::ENOMEM) if self.srq.is_some() => {
+                lane.receives += count;
+                return Ok(());
+            }
+            Err(libc::ENOMEM) => {
+                lane.receives += posted;
+                let kind = FabricErrorKind::QueueFull {
+                    queue: "receive queue",
+                    depth: lane.config.receive_depth,
+                };
+                return Err(self.place().error("ibv_post_recv", kind));
+            }
+            Err(errno) => {
+                lane.receives += posted;
+                return Err(self.place().os("ibv_post_recv", errno));
+            }
+        }
+        lane.receives += posted;
+        Ok(())
+    }
+
+    /// Takes one batch off the completion queue and says how many it was.
+    fn poll_device(&mut self, out: &mut impl Extend<Completion>) -> Result<usize, FabricError> {
+        let Some(completions) = &self.completions else {
+            return Ok(0);
+        };
+        // SAFETY: the completion queue is live.
+        let count = match unsafe { sys::ibv_poll_cq(completions.cq(), &mut self.batch[..]) } {
+            Ok(count) => count,
+            Err(errno) => {
+                let what = format!("the completion queue is broken: {errno}");
+                self.fatal = Some(what.clone());
+                return Err(self
+                    .place()
+                    .error("ibv_poll_cq", FabricErrorKind::Fatal(what)));
+            }
+        };
+        for index in 0..count {
+            let Some(wc) = self.batch.get(index).map(WorkCompletion::read) else {
+                break;
+            };
+            out.extend(self.translate(wc));
+        }
+        self.replace_overdrawn()?;
+        Ok(count)
+    }
+
+    /// Puts back what lanes took from the shared queue beyond their share, so that it is not the others' loss.
+    fn replace_overdrawn(&mut self) -> Result<(), FabricError> {
+        let count = std::mem::take(&mut self.overdrawn);
+        let (Some(shared), 1..) = (&self.srq, count) else {
+            return Ok(());
+        };
+        match self
+            .poster
+            .post_receives(ReceiveQueue::Shared(shared.srq), count)
+            .1
+        {
+            Ok(()) | Err(libc::ENOMEM) => Ok(()),
+            Err(errno) => Err(self.place().os("ibv_post_srq_recv", errno)),
+        }
+    }
+
+    /// Accounts for one work completion. `None` if its lane is gone.
+    fn translate(&mut self, wc: WorkCompletion) -> Option<Completion> {
+        let named = match wc.id {
+            WrId::Send { lane, .. } | WrId::Receive { lane: Some(lane) } => Some(lane),
+            WrId::Receive { lane: None } => self
+                .numbers
+                .binary_search_by_key(&wc.qpn, |(number, _)| *number)
+                .ok()
+                .and_then(|found| self.numbers.get(found))
+                .map(|(_, lane)| *lane),
+        };
+        let index = self.index(named?)?;
+        let lane = self.lanes.get_mut(index)?;
+        let mut status = wc.status;
+        let kind = match wc.id {
+            WrId::Send { sequence, .. } => CompletionKind::Sent {
+                id: lane.sent.retire(sequence)?,
+            },
+            WrId::Receive { .. } => {
+                // After the lane has reported its receives as flushed there is none left to complete.
+                let Some(left) = lane.receives.checked_sub(1) else {
+                    self.overdrawn += 1;
+                    if lane.state == LaneState::Connected {
+                        tracing::warn!(lane = %lane.id, "the peer sent more immediates than it was allowed");
+                        self.failing.push(lane.id);
+                    }
+                    return None;
+                };
+                lane.receives = left;
+                if status == Status::Success && wc.imm.is_none() {
+                    // A plain send, which no peer of ours posts.
+                    status = Status::Other(sys::IBV_WC_GENERAL_ERR);
+                }
+                CompletionKind::Received {
+                    imm: wc.imm.unwrap_or(0),
+                }
+            }
+        };
+        if status != Status::Success && lane.state == LaneState::Connected {
+            self.failing.push(lane.id);
+        }
+        Some(Completion {
+            lane: lane.id,
+            kind,
+            status,
+            vendor_error: wc.vendor_error,
+        })
+    }
+
+    /// Finishes off the lanes that the last batch showed to have failed.
+    fn settle_failures(&mut self) -> Result<(), FabricError> {
+        while let Some(id) = self.failing.pop() {
+            self.fail_lane(id)?;
+        }
+        Ok(())
+    }
+
+    /// Moves a lane to the error state, so that everything outstanding flushes.
+    fn fail_lane(&mut self, id: LaneId) -> Result<(), FabricError> {
+        let Some(lane) = self.index(id).and_then(|index| self.lanes.get_mut(index)) else {
+            return Ok(());
+        };
+        if matches!(lane.state, LaneState::Failed | LaneState::Fenced) {
+            return Ok(());
+        }
+        lane.state = LaneState::Failed;
+        let (qp, qpn) = (lane.qp, lane.qpn);
+        tracing::debug!(lane = %id, qpn, device = %self.place().device, "lane failed");
+        // SAFETY: a lane that is not fenced has a live queue pair.
+        let moved = unsafe {
+            modify(
+                self.device.lib(),
+                qp,
+                error_attributes(),
+                "ibv_modify_qp(ERR)",
+                self.place(),
+            )
+        };
+        if let Err(error) = moved {
+            // Then the device is in trouble, and fencing will tell.
+            tracing::warn!(%error, "a failed lane does not go to the error state");
+        }
+        if self.srq.is_some() {
+            self.drain_to_stash()?;
+            self.flush_receives(id);
+        }
+        Ok(())
+    }
+
+    /// Takes everything off the completion queue. Completions of lanes that fail meanwhile stay in `failing`.
+    fn drain_to_stash(&mut self) -> Result<(), FabricError> {
+        let mut stash = std::mem::take(&mut self.stash);
+        let mut result = Ok(());
+        // Bounded, should a device produce completions as fast as they are taken.
+        for _ in 0..4096 {
+            match self.poll_device(&mut stash) {
+                Ok(BATCH) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        self.stash = stash;
+        result
+    }
+
+    /// Reports all receives still posted to a lane as flushed.
+    fn flush_receives(&mut self, id: LaneId) {
+        let Some(lane) = self.index(id).and_then(|index| self.lanes.get_mut(index)) else {
+            return;
+        };
+        let flushed = Completion {
+            lane: id,
+            kind: CompletionKind::Received { imm: 0 },
+            status: Status::Flushed,
+            vendor_error: 0,
+        };
+        let count = std::mem::take(&mut lane.receives) as usize;
+        self.stash.extend(std::iter::repeat_n(flushed, count));
+    }
+
+    /// Reports all requests still posted to a lane as flushed, oldest first.
+    fn flush_sends(&mut self, id: LaneId) {
+        let Some(lane) = self.index(id).and_then(|index| self.lanes.get_mut(index)) else {
+            return;
+        };
+        while let Some(request) = lane.sent.pop() {
+            self.stash.push_back(Completion {
+                lane: id,
+                kind: CompletionKind::Sent { id: request },
+                status: Status::Flushed,
+                vendor_error: 0,
+            });
+        }
+    }
+
+    /// Handles asynchronous events.
+    fn handle_events(&mut self) -> Result<(), FabricError> {
+        // Bounded, should events come as fast as they are taken.
+        for _ in 0..256 {
+            match next_event(&self.device)? {
+                None => break,
+                Some(Event::Lane(qp, what)) => {
+                    let found = self.lanes.iter().find(|lane| lane.qp == qp);
+                    if let Some(id) = found.map(|lane| lane.id) {
+                        tracing::debug!(lane = %id, what, "queue pair event");
+                        self.fail_lane(id)?;
+                    }
+                }
+                Some(Event::Port(port)) if port == i32::from(self.place().port) => {
+                    let before = self.device.port_state();
+                    self.device.refresh_port();
+                    let after = self.device.port_state();
+                    if before != after && after != PortState::Active {
+                        let device = &self.place().device;
+                        tracing::warn!(%device, port, state = %after, "the port is no longer active");
+                    }
+                }
+                Some(Event::Fatal(what)) => {
+                    tracing::error!(device = %self.place().device, what, "device failed");
+                    self.fatal = Some(what.to_owned());
+                }
+                Some(Event::Port(_) | Event::Other) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the queue pair of the lane at `index`; see the module's documentation.
+    fn fence(&mut self, index: usize) -> Result<(), FabricError> {
+        let Some(lane) = self.lanes.get_mut(index) else {
+            return Ok(());
+        };
+        if lane.state == LaneState::Fenced {
+            return Ok(());
+        }
+        let (id, qp, qpn) = (lane.id, lane.qp, lane.qpn);
+        if lane.state != LaneState::Failed {
+            lane.state = LaneState::Failed;
+            // SAFETY: a lane that is not fenced has a live queue pair.
+            let moved = unsafe {
+                modify(
+                    self.device.lib(),
+                    qp,
+                    error_attributes(),
+                    "ibv_modify_qp(ERR)",
+                    self.place(),
+                )
+            };
+            if let Err(error) = moved {
+                // Destroying it does the same and more.
+                tracing::debug!(%error, "fence");
+            }
+        }
+        // What has succeeded is reported as that: some drivers drop a queue pair's completions along with it.
+        let drained = self.drain_to_stash();
+        // SAFETY: as above; the lane forgets it below.
+        unsafe { self.device.lib().destroy_qp(qp) }
+            .map_err(|errno| self.place().os("ibv_destroy_qp", errno.code()))?;
+        // And some do not; they must be out of the queue before the number is used again.
+        let drained = drained.and_then(|()| self.drain_to_stash());
+        self.flush_sends(id);
+        self.flush_receives(id);
+        self.numbers.retain(|(number, _)| *number != qpn);
+        if let Some(lane) = self.lanes.get_mut(index) {
+            lane.state = LaneState::Fenced;
+            lane.qp = ptr::null_mut();
+        }
+        // A broken completion queue is for the next poll to report: the lane itself is fenced.
+        if let Err(error) = drained {
+            tracing::warn!(%error, "fence");
+        }
+        self.settle_failures()
+    }
+}
+
+impl Context for VerbsContext {
+    fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
+        self.device.deregister(mr)
+    }
+
+    fn create_lane(&mut self, config: &LaneConfig) -> Result<(LaneId, LaneAddress), FabricError> {
+        const CALL: &str = "create_lane";
+        self.check_fatal(CALL)?;
+        let place = self.place();
+        let caps = &self.device.info_ref().caps;
+        for (what, value, limit) in [
+            ("send depth", config.send_depth, caps.max_send_depth),
+            (
+                "receive depth",
+                config.receive_depth,
+                caps.max_receive_depth,
+            ),
+            ("gather elements", config.max_sge, caps.max_sge),
+            ("inline bytes", config.max_inline, caps.max_inline),
+        ] {
+            place.limit(CALL, what, u64::from(value), u64::from(limit))?;
+        }
+        if let Some(shared) = &self.srq {
+            let promised = self
+                .lanes
+                .iter()
+                .filter(|lane| lane.state != LaneState::Fenced)
+                .map(|lane| u64::from(lane.config.receive_depth))
+                .sum::<u64>();
+            if promised + u64::from(config.receive_depth) > u64::from(shared.depth) {
+                let kind = FabricErrorKind::QueueFull {
+                    queue: "shared receive queue",
+                    depth: shared.depth,
+                };
+                return Err(place.error(CALL, kind));
+            }
+        }
+        if self.next_lane > LaneId::LAST.0 {
+            let what = "no lane identifier is left".to_owned();
+            return Err(place.error(CALL, FabricErrorKind::Unavailable(what)));
+        }
+        let psn = random_psn(place)?;
+        let qp = self.create_queue_pair(config)?;
+        // SAFETY: made just above.
+        let qpn = unsafe { (*qp).qp_num };
+        let id = LaneId(self.next_lane);
+        self.next_lane += 1;
+        let index = self.lanes.len();
+        self.lanes.push(Lane {
+            id,
+            state: LaneState::Created,
+            config: *config,
+            qp,
+            qpn,
+            psn,
+            sent: Outstanding::new(config.send_depth),
+            receives: 0,
+        });
+        match self
+            .numbers
+            .binary_search_by_key(&qpn, |(number, _)| *number)
+        {
+            Ok(at) | Err(at) => self.numbers.insert(at, (qpn, id)),
+        }
+        let address = LaneAddress::new(self.device.lane_address(qpn, psn).encode());
+        let posted = self.replenish(index, config.receive_depth);
+        match (posted, address) {
+            (Ok(()), Some(address)) => Ok((id, address)),
+            (posted, _) => {
+                let _ = self.destroy_lane(id);
+                Err(posted.err().unwrap_or_else(|| {
+                    self.place()
+                        .error(CALL, FabricErrorKind::BadAddress("too long"))
+                }))
+            }
+        }
+    }
+
+    fn connect_lane(
+        &mut self,
+        lane: LaneId,
+        remote: &LaneAddress,
+        _host: IpAddr,
+        _dial: bool,
+    ) -> Result<(), FabricError> {
+        const CALL: &str = "connect_lane";
+        self.check_fatal(CALL)?;
+        let index = self.lane(lane, CALL)?;
+        let place = self.device.place();
+        let Some(lane) = self.lanes.get_mut(index) else {
+            return Ok(());
+        };
+        if lane.state != LaneState::Created {
+            let kind = FabricErrorKind::LaneState {
+                lane: lane.id,
+                state: lane.state.word(),
+            };
+            return Err(place.error(CALL, kind));
+        }
+        let bad = |what| place.error(CALL, FabricErrorKind::BadAddress(what));
+        let theirs = VerbsAddress::decode(remote).map_err(bad)?;
+        let ours = self.device.lane_address(lane.qpn, lane.psn);
+        let path = Path {
+            config: self.device.config(),
+            gid_index: self.device.gid_index(),
+            max_initiated_reads: self.device.reads().1,
+            most_retries: self.device.most_retries(),
+        };
+        let rtr = rtr_attributes(&ours, &theirs, path).map_err(bad)?;
+        let rts = rts_attributes(&ours, &theirs, path);
+        let lib = self.device.lib();
+        // SAFETY: a lane in this state has a live queue pair.
+        unsafe {
+            modify(lib, lane.qp, rtr, "ibv_modify_qp(RTR)", place)?;
+            modify(lib, lane.qp, rts, "ibv_modify_qp(RTS)", place)?;
+        }
+        lane.state = LaneState::Connected;
+        Ok(())
+    }
+
+    fn post(
+        &mut self,
+        lane: LaneId,
+        requests: &[WorkRequest],
+        sges: &[Sge],
+    ) -> Result<(), PostError> {
+        let refuse = |source| PostError { posted: 0, source };
+        let index = self.lane(lane, "ibv_post_send").map_err(refuse)?;
+        let Some(lane) = self.lanes.get_mut(index) else {
+            return Ok(());
+        };
+        if lane.state == LaneState::Fenced {
+            // No device any more: what is posted flushes at once, within the depth that was granted.
+            let room = lane.sent.depth() as usize;
+            let taken = requests.iter().take(room);
+            self.stash.extend(taken.map(|request| Completion {
+                lane: lane.id,
+                kind: CompletionKind::Sent { id: request.id },
+                status: Status::Flushed,
+                vendor_error: 0,
+            }));
+            if requests.len() > room {
+                let kind = FabricErrorKind::QueueFull {
+                    queue: "send queue",
+                    depth: lane.sent.depth(),
+                };
+                let source = self.device.place().error("ibv_post_send", kind);
+                return Err(PostError {
+                    posted: room,
+                    source,
+                });
+            }
+            return Ok(());
+        }
+        self.poster.post(self.device.place(), lane, requests, sges)
+    }
+
+    fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {
+        const CALL: &str = "ibv_post_recv";
+        let index = self.lane(lane, CALL)?;
+        let Some(lane) = self.lanes.get(index) else {
+            return Ok(());
+        };
+        if matches!(lane.state, LaneState::Failed | LaneState::Fenced) {
+            let kind = FabricErrorKind::LaneState {
+                lane: lane.id,
+                state: lane.state.word(),
+            };
+            return Err(self.place().error(CALL, kind));
+        }
+        let depth = lane.config.receive_depth;
+        if lane
+            .receives
+            .checked_add(count)
+            .is_none_or(|total| total > depth)
+        {
+            let kind = FabricErrorKind::QueueFull {
+                queue: "receive queue",
+                depth,
+            };
+            return Err(self.place().error(CALL, kind));
+        }
+        self.replenish(index, count)
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
+        if self.armed {
+            // Sleepers are woken by either kind of event, and both must be taken off their descriptors.
+            if let Some(completions) = &mut self.completions
+                && completions.drain(&self.device)?
+            {
+                self.armed = false;
+            }
+            self.handle_events()?;
+        } else {
+            self.polls = self.polls.wrapping_add(1);
+            if self.polls.is_multiple_of(EVENT_INTERVAL) {
+                self.handle_events()?;
+            }
+        }
+        if !self.stash.is_empty() {
+            let take = self.stash.len().min(MOST_PER_POLL);
+            out.extend(self.stash.drain(..take));
+            return Ok(());
+        }
+        self.check_fatal("poll")?;
+        for _ in 0..MOST_PER_POLL / BATCH {
+            let full = self.poll_device(out)? == BATCH;
+            if !self.failing.is_empty() {
+                // Whatever else they find comes after, from the stash.
+                return self.settle_failures();
+            }
+            if !full {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self) -> Result<bool, FabricError> {
+        self.check_fatal("arm")?;
+        if !self.stash.is_empty() {
+            return Ok(false);
+        }
+        self.handle_events()?;
+        if let Some(completions) = &mut self.completions {
+            completions.arm(&self.device)?;
+        }
+        self.armed = true;
+        // Completions that came before the queue was armed make no event.
+        self.drain_to_stash()?;
+        self.settle_failures()?;
+        Ok(self.stash.is_empty() && self.fatal.is_none())
+    }
+
+    fn wait_fd(&self) -> RawFd {
+        self.completions.as_ref().map_or(-1, Completions::wait_fd)
+    }
+
+    fn fence_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        let index = self.lane(lane, "fence_lane")?;
+        self.fence(index)
+    }
+
+    fn destroy_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        let index = self.lane(lane, "destroy_lane")?;
+        self.fence(index)?;
+        self.stash.retain(|completion| completion.lane != lane);
+        // Failures settled by the fence do not remove lanes, so the index still holds.
+        self.lanes.remove(index);
+        Ok(())
+    }
+}
+
+impl Drop for VerbsContext {
+    fn drop(&mut self) {
+        // Events first: destroying an object waits for the acknowledgement of its events.
+        let _ = self.handle_events();
+        for lane in std::mem::take(&mut self.lanes) {
+            if !lane.qp.is_null() {
+                self.destroy_queue_pair(lane.qp);
+            }
+        }
+        if let Some(shared) = self.srq.take() {
+            // SAFETY: all queue pairs that drew from it are gone.
+            if let Err(errno) = unsafe { self.device.lib().destroy_srq(shared.srq) } {
+                tracing::warn!(%errno, "ibv_destroy_srq");
+            }
+        }
+        if let Some(completions) = self.completions.take() {
+            completions.destroy(&self.device);
+        }
+        self.device.context_closed();
+    }
+}
+
+/// A shared receive queue, where wanted and possible. Every receive makes a completion, so the completion queue's
+/// depth is all it can need.
+fn shared_receive_queue(device: &VerbsDevice, completion_depth: u32) -> Option<Shared> {
+    let limits = device.limits();
+    if !device.config().shared_receive_queue || !limits.shared_receive_queue() {
+        return None;
+    }
+    let depth = completion_depth.clamp(1, limits.max_srq_wr);
+    let mut init = sys::ibv_srq_init_attr::zeroed();
+    init.attr.max_wr = depth;
+    init.attr.max_sge = 1;
+    // SAFETY: the domain is live and outlives the queue.
+    match unsafe { device.lib().create_srq(device.domain().raw(), &mut init) } {
+        Ok(srq) => Some(Shared { srq, depth }),
+        Err(errno) => {
+            let name = &device.place().device;
+            tracing::info!(device = %name, %errno, "no shared receive queue; each lane gets its own");
+            None
+        }
+    }
+}
