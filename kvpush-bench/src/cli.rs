@@ -113,7 +113,12 @@ pub(crate) struct HostArgs {
 #[group(id = "authentication", required = true, multiple = false, args = ["key", "insecure"])]
 pub(crate) struct KeyArgs {
     /// Long random secret that both sides share, such as `openssl rand -base64 32` prints
-    #[arg(long, env = "KVPUSH_KEY", hide_env_values = true, value_name = "PASSPHRASE")]
+    #[arg(
+        long,
+        env = "KVPUSH_KEY",
+        hide_env_values = true,
+        value_name = "PASSPHRASE"
+    )]
     pub(crate) key: Option<String>,
     /// No key: whoever reaches the ports can push into the server's scratch memory. Both sides must say so
     #[arg(long)]
@@ -254,11 +259,17 @@ const LARGEST_PAGE: u64 = 1 << 30;
 
 fn sweep(text: &str) -> Result<Sweep, String> {
     let one = |text: &str| match size(text)? {
-        bytes @ SMALLEST_PAGE..=LARGEST_PAGE => u32::try_from(bytes).map_err(|error| error.to_string()),
+        bytes @ SMALLEST_PAGE..=LARGEST_PAGE => {
+            u32::try_from(bytes).map_err(|error| error.to_string())
+        }
         _ => Err(format!("{text}: pages have 16 bytes to 1 GiB")),
     };
     let Some((from, to)) = text.split_once("..") else {
-        return text.split(',').map(one).collect::<Result<_, _>>().map(Sweep);
+        return text
+            .split(',')
+            .map(one)
+            .collect::<Result<_, _>>()
+            .map(Sweep);
     };
     let (from, to) = (one(from)?, one(to.trim_start_matches('='))?);
     if from > to {
@@ -280,8 +291,12 @@ fn size(text: &str) -> Result<u64, String> {
         "g" | "gb" | "gib" => 30,
         _ => return Err(format!("{text}: unknown unit (k, m or g)")),
     };
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size such as 4096, 64k or 1m"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text}: too large"))
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{text:?} is not a size such as 4096, 64k or 1m"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text}: too large"))
 }
 
 fn model(name: &str) -> Result<&'static Model, String> {
@@ -314,9 +329,17 @@ mod tests {
         assert_eq!(size("2GiB"), Ok(2 << 30));
         assert!(size("").is_err() && size("k").is_err() && size("1t").is_err());
         assert!(size("99999999999999999999").is_err() && size("18446744073709551615g").is_err());
-        assert_eq!(sweep("4k..1m"), Ok(Sweep(vec![4096, 16384, 65536, 262144, 1 << 20])));
+        assert_eq!(
+            sweep("4k..1m"),
+            Ok(Sweep(vec![4096, 16384, 65536, 262144, 1 << 20]))
+        );
         assert_eq!(sweep("4k,5000"), Ok(Sweep(vec![4096, 5000])));
         assert_eq!(sweep("4k"), Ok(Sweep(vec![4096])));
-        assert!(sweep("1m..4k").is_err() && sweep("1..2").is_err() && sweep("4k..").is_err() && sweep("8g").is_err());
+        assert!(
+            sweep("1m..4k").is_err()
+                && sweep("1..2").is_err()
+                && sweep("4k..").is_err()
+                && sweep("8g").is_err()
+        );
     }
 }

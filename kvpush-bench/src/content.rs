@@ -108,38 +108,73 @@ impl Cache {
     pub(crate) fn allocate(workload: &Workload, side: Side, rank: u32) -> Result<Self> {
         let layout = workload.layout(side, rank)?;
         let lengths = region_lengths(&layout).context("the pool's regions")?;
-        let memory = lengths.into_iter().map(|length| HostMemory::new(length).map(Arc::new));
-        let memory = memory.collect::<Result<_, _>>().context("memory for the pool")?;
-        Ok(Self { pool: None, layout, memory })
+        let memory = lengths
+            .into_iter()
+            .map(|length| HostMemory::new(length).map(Arc::new));
+        let memory = memory
+            .collect::<Result<_, _>>()
+            .context("memory for the pool")?;
+        Ok(Self {
+            pool: None,
+            layout,
+            memory,
+        })
     }
 
     /// Registers it as a pool.
     pub(crate) fn register(&mut self, endpoint: &Endpoint) -> Result<()> {
-        let memory = self.memory.iter().map(|memory| Arc::clone(memory) as Arc<dyn Memory>).collect();
-        self.pool = Some(endpoint.register_pool(self.layout.clone(), memory).context("register the pool")?);
+        let memory = self
+            .memory
+            .iter()
+            .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
+            .collect();
+        self.pool = Some(
+            endpoint
+                .register_pool(self.layout.clone(), memory)
+                .context("register the pool")?,
+        );
         Ok(())
     }
 
     /// The pool; an error before [`Cache::register`].
     pub(crate) fn pool(&self) -> Result<&Pool> {
-        self.pool.as_ref().ok_or_else(|| Error::failed("the pool is not registered"))
+        self.pool
+            .as_ref()
+            .ok_or_else(|| Error::failed("the pool is not registered"))
     }
 
     /// The memory of the first region.
     pub(crate) fn first_region(&self) -> Result<Arc<HostMemory>> {
-        self.memory.first().cloned().ok_or_else(|| Error::failed("the pool has no memory"))
+        self.memory
+            .first()
+            .cloned()
+            .ok_or_else(|| Error::failed("the pool has no memory"))
     }
 
     /// What region `region` must hold: `background`, and the content of all requests.
-    fn image(&self, region: usize, expected: Expected<'_>, background: u8, image: &mut Vec<u8>) -> Result<()> {
+    fn image(
+        &self,
+        region: usize,
+        expected: Expected<'_>,
+        background: u8,
+        image: &mut Vec<u8>,
+    ) -> Result<()> {
         let length = self.memory.get(region).map_or(0, |memory| memory.length());
         image.clear();
-        image.resize(usize::try_from(length).context("the pool's region")?, background);
+        image.resize(
+            usize::try_from(length).context("the pool's region")?,
+            background,
+        );
         for (number, layer) in (0u32..).zip(&self.layout.layers) {
-            for plane in layer.planes.iter().filter(|plane| usize::from(plane.region) == region) {
+            for plane in layer
+                .planes
+                .iter()
+                .filter(|plane| usize::from(plane.region) == region)
+            {
                 for (request, table) in (0u32..).zip(expected.tables) {
                     for (position, &page) in (0u32..).zip(table) {
-                        let key = page_key(expected.seed, request, number, plane.role as u8, position);
+                        let key =
+                            page_key(expected.seed, request, number, plane.role as u8, position);
                         page_content(plane, layer.tokens_per_page, page, key, image);
                     }
                 }
@@ -161,9 +196,13 @@ impl Cache {
 
     /// Makes every byte [`POISON`].
     pub(crate) fn poison(&self) -> Result<()> {
-        each_region(self.memory.len(), |region, _| match self.memory.get(region) {
-            Some(memory) => memory.fill(0, memory.length(), POISON).context("poison the pool"),
-            None => Ok(()),
+        each_region(self.memory.len(), |region, _| {
+            match self.memory.get(region) {
+                Some(memory) => memory
+                    .fill(0, memory.length(), POISON)
+                    .context("poison the pool"),
+                None => Ok(()),
+            }
         })
     }
 
@@ -177,13 +216,21 @@ impl Cache {
         self.verify_against(expected, UNUSED)
     }
 
-    fn verify_against(&self, expected: Expected<'_>, background: u8) -> Result<(u64, Option<Mismatch>)> {
+    fn verify_against(
+        &self,
+        expected: Expected<'_>,
+        background: u8,
+    ) -> Result<(u64, Option<Mismatch>)> {
         let found = Mutex::new(None::<(usize, Mismatch)>);
         each_region(self.memory.len(), |region, image| {
             self.image(region, expected, background, image)?;
-            let Some(memory) = self.memory.get(region) else { return Ok(()) };
+            let Some(memory) = self.memory.get(region) else {
+                return Ok(());
+            };
             if let Some(bad) = self.compare(region, memory, image)? {
-                let mut found = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut found = found
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
                 let bytes = found.as_ref().map_or(0, |(_, first)| first.bytes) + bad.bytes;
                 let first = match found.take() {
                     Some((before, first)) if before < region => (before, first),
@@ -194,15 +241,24 @@ impl Cache {
             Ok(())
         })?;
         let bytes = self.memory.iter().map(|memory| memory.length()).sum();
-        let found = found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let found = found
+            .into_inner()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         Ok((bytes, found.map(|(_, mismatch)| mismatch)))
     }
 
-    fn compare(&self, region: usize, memory: &HostMemory, image: &[u8]) -> Result<Option<Mismatch>> {
+    fn compare(
+        &self,
+        region: usize,
+        memory: &HostMemory,
+        image: &[u8],
+    ) -> Result<Option<Mismatch>> {
         let mut block = vec![0; BLOCK.min(image.len())];
         let (mut bad, mut first) = (0u64, None);
         for (start, expected) in (0..).step_by(BLOCK).zip(image.chunks(BLOCK)) {
-            let Some(block) = block.get_mut(..expected.len()) else { break };
+            let Some(block) = block.get_mut(..expected.len()) else {
+                break;
+            };
             memory.read(start as u64, block).context("read the pool")?;
             if block == expected {
                 continue;
@@ -219,7 +275,11 @@ impl Cache {
             first: format!(
                 "{}region {region}, byte {offset}: {found:#04x} instead of {expected:#04x}{}",
                 self.place(region, offset as u64),
-                if found == POISON { " (never written)" } else { "" },
+                if found == POISON {
+                    " (never written)"
+                } else {
+                    ""
+                },
             ),
         }))
     }
@@ -227,10 +287,19 @@ impl Cache {
     /// Names the layer, plane and page of a byte.
     fn place(&self, region: usize, offset: u64) -> String {
         for (number, layer) in self.layout.layers.iter().enumerate() {
-            for plane in layer.planes.iter().filter(|plane| usize::from(plane.region) == region) {
-                let Some(within) = offset.checked_sub(plane.offset) else { continue };
-                let Some(page) = within.checked_div(plane.page_stride) else { continue };
-                let inside = within - page * plane.page_stride < page_extent(plane, layer.tokens_per_page);
+            for plane in layer
+                .planes
+                .iter()
+                .filter(|plane| usize::from(plane.region) == region)
+            {
+                let Some(within) = offset.checked_sub(plane.offset) else {
+                    continue;
+                };
+                let Some(page) = within.checked_div(plane.page_stride) else {
+                    continue;
+                };
+                let inside =
+                    within - page * plane.page_stride < page_extent(plane, layer.tokens_per_page);
                 if page < u64::from(self.layout.pages) && inside {
                     return format!("layer {number}, {}, page {page}: ", plane.role);
                 }
@@ -241,14 +310,24 @@ impl Cache {
 
     /// Flips one bit of a page that `expected` owns.
     pub(crate) fn damage(&self, expected: Expected<'_>) -> Result<()> {
-        let plane = self.layout.layers.first().and_then(|layer| layer.planes.first());
+        let plane = self
+            .layout
+            .layers
+            .first()
+            .and_then(|layer| layer.planes.first());
         let page = expected.tables.first().and_then(|table| table.first());
-        let (Some(plane), Some(&page)) = (plane, page) else { return Ok(()) };
-        let Some(memory) = self.memory.get(usize::from(plane.region)) else { return Ok(()) };
+        let (Some(plane), Some(&page)) = (plane, page) else {
+            return Ok(());
+        };
+        let Some(memory) = self.memory.get(usize::from(plane.region)) else {
+            return Ok(());
+        };
         let offset = plane.offset + u64::from(page) * plane.page_stride;
         let mut byte = [0];
         memory.read(offset, &mut byte).context("plant an error")?;
-        memory.write(offset, &[byte[0] ^ 1]).context("plant an error")
+        memory
+            .write(offset, &[byte[0] ^ 1])
+            .context("plant an error")
     }
 }
 
@@ -263,7 +342,8 @@ fn page_content(plane: &Plane, tokens: u32, page: u32, key: u64, image: &mut [u8
     let start = plane.offset + u64::from(page) * plane.page_stride;
     for token in 0..tokens {
         for head in 0..plane.heads.count {
-            let at = start + u64::from(token) * plane.token_stride + u64::from(head) * plane.head_stride;
+            let at =
+                start + u64::from(token) * plane.token_stride + u64::from(head) * plane.head_stride;
             let at = at as usize;
             // The layout was validated against the memory, so the range exists.
             if let Some(out) = image.get_mut(at..at + plane.head_bytes as usize) {
@@ -274,7 +354,10 @@ fn page_content(plane: &Plane, tokens: u32, page: u32, key: u64, image: &mut [u8
 }
 
 /// Runs `work` for every region, on all cores; each thread has one buffer.
-fn each_region(regions: usize, work: impl Fn(usize, &mut Vec<u8>) -> Result<()> + Sync) -> Result<()> {
+fn each_region(
+    regions: usize,
+    work: impl Fn(usize, &mut Vec<u8>) -> Result<()> + Sync,
+) -> Result<()> {
     let next = AtomicUsize::new(0);
     let failure = Mutex::new(None);
     std::thread::scope(|scope| {
@@ -287,7 +370,9 @@ fn each_region(regions: usize, work: impl Fn(usize, &mut Vec<u8>) -> Result<()> 
                         break;
                     }
                     if let Err(error) = work(region, &mut buffer) {
-                        let mut failure = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                        let mut failure = failure
+                            .lock()
+                            .unwrap_or_else(std::sync::PoisonError::into_inner);
                         failure.get_or_insert(error);
                         break;
                     }
@@ -295,7 +380,10 @@ fn each_region(regions: usize, work: impl Fn(usize, &mut Vec<u8>) -> Result<()> 
             });
         }
     });
-    match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+    match failure
+        .into_inner()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    {
         Some(error) => Err(error),
         None => Ok(()),
     }
@@ -309,7 +397,12 @@ mod tests {
 
     fn workload(layout: LayoutChoice) -> Workload {
         let mut workload = Workload::of_model(&models::LLAMA_3_1_8B, 2, 4);
-        (workload.layers, workload.requests, workload.pages, workload.layout) = (2, 2, 3, layout);
+        (
+            workload.layers,
+            workload.requests,
+            workload.pages,
+            workload.layout,
+        ) = (2, 2, 3, layout);
         workload
     }
 
@@ -329,10 +422,19 @@ mod tests {
         for layout in [LayoutChoice::Flash, LayoutChoice::Hnd, LayoutChoice::Sglang] {
             let workload = workload(layout);
             let tables = workload.page_tables(Side::Decode, 5).unwrap();
-            let expected = Expected { seed: 77, tables: &tables };
+            let expected = Expected {
+                seed: 77,
+                tables: &tables,
+            };
             let cache = written(&workload, 3, expected);
             let (bytes, bad) = cache.verify(expected).unwrap();
-            assert_eq!((bytes, bad), (cache.memory.iter().map(|memory| memory.length()).sum(), None));
+            assert_eq!(
+                (bytes, bad),
+                (
+                    cache.memory.iter().map(|memory| memory.length()).sum(),
+                    None
+                )
+            );
             let mut random = Random::new(1);
             for _ in 0..10 {
                 let region = random.next() as usize % cache.memory.len();
@@ -343,7 +445,11 @@ mod tests {
                 memory.write(at, &[!byte[0]]).unwrap();
                 let bad = cache.verify(expected).unwrap().1.expect("a flipped byte");
                 assert_eq!(bad.bytes, 1);
-                assert!(bad.first.contains(&format!("region {region}, byte {at}:")), "{}", bad.first);
+                assert!(
+                    bad.first.contains(&format!("region {region}, byte {at}:")),
+                    "{}",
+                    bad.first
+                );
                 memory.write(at, &byte).unwrap();
             }
         }
@@ -354,7 +460,12 @@ mod tests {
         let base = (1, 2, 3, 1, 4, 5, 6);
         let content = |(seed, request, layer, role, position, token, head)| {
             let mut out = [0; 24];
-            head_content(page_key(seed, request, layer, role, position), token, head, &mut out);
+            head_content(
+                page_key(seed, request, layer, role, position),
+                token,
+                head,
+                &mut out,
+            );
             out
         };
         let others = [
@@ -377,20 +488,38 @@ mod tests {
     #[test]
     fn prefill_and_decode_agree_on_the_bytes_of_a_page() {
         // One rank each, the same layout: the page at position 1 of request 0 is the same bytes, wherever it lies.
-        let workload = Workload { requests: 2, pages: 3, ..Workload::raw(Op::Push, 100) };
+        let workload = Workload {
+            requests: 2,
+            pages: 3,
+            ..Workload::raw(Op::Push, 100)
+        };
         let (from, to) = (
             workload.page_tables(Side::Prefill, 5).unwrap(),
             workload.page_tables(Side::Decode, 5).unwrap(),
         );
         let source = Cache::allocate(&workload, Side::Prefill, 0).unwrap();
-        source.fill(Expected { seed: 7, tables: &from }).unwrap();
+        source
+            .fill(Expected {
+                seed: 7,
+                tables: &from,
+            })
+            .unwrap();
         let target = Cache::allocate(&workload, Side::Decode, 0).unwrap();
         target.poison().unwrap();
-        let expected = Expected { seed: 7, tables: &to };
-        assert_eq!(target.verify(expected).unwrap().1.unwrap().bytes / 500, 1, "nearly all of 6 pages of 100 bytes");
+        let expected = Expected {
+            seed: 7,
+            tables: &to,
+        };
+        assert_eq!(
+            target.verify(expected).unwrap().1.unwrap().bytes / 500,
+            1,
+            "nearly all of 6 pages of 100 bytes"
+        );
         let mut page = [0; 100];
         for (from, to) in from.concat().iter().zip(to.concat()) {
-            source.memory[0].read(u64::from(*from) * 100, &mut page).unwrap();
+            source.memory[0]
+                .read(u64::from(*from) * 100, &mut page)
+                .unwrap();
             target.memory[0].write(u64::from(to) * 100, &page).unwrap();
         }
         assert_eq!(target.verify(expected).unwrap().1, None);

@@ -20,7 +20,9 @@ impl KeyArgs {
         match &self.key {
             Some(key) => Auth::passphrase(key),
             None => {
-                eprintln!("kvpush-bench: warning: --insecure: nothing is authenticated or encrypted");
+                eprintln!(
+                    "kvpush-bench: warning: --insecure: nothing is authenticated or encrypted"
+                );
                 Auth::insecure_plaintext()
             }
         }
@@ -30,22 +32,35 @@ impl KeyArgs {
 impl FabricArgs {
     /// Refuses settings that contradict each other.
     pub(crate) fn check(&self) -> Result<()> {
-        let rdma = !self.devices.is_empty() || self.gid_index.is_some() || self.traffic_class.is_some();
+        let rdma =
+            !self.devices.is_empty() || self.gid_index.is_some() || self.traffic_class.is_some();
         if self.fabric == FabricChoice::Tcp && rdma {
-            return Err(Error::usage("--devices, --gid-index and --traffic-class are of no use with --fabric tcp"));
+            return Err(Error::usage(
+                "--devices, --gid-index and --traffic-class are of no use with --fabric tcp",
+            ));
         }
         Ok(())
     }
 
     /// Starts the endpoint of one rank.
-    pub(crate) fn endpoint(&self, auth: &Auth, ip: IpAddr, name: String, workload: &Workload) -> Result<Endpoint> {
+    pub(crate) fn endpoint(
+        &self,
+        auth: &Auth,
+        ip: IpAddr,
+        name: String,
+        workload: &Workload,
+    ) -> Result<Endpoint> {
         let verbs = VerbsConfig {
             gid_index: self.gid_index,
             traffic_class: self.traffic_class.unwrap_or(0),
             ..VerbsConfig::default()
         };
         let pairs = workload.pairs()?.len() as u32;
-        let transfers = workload.requests.saturating_mul(pairs).saturating_add(16).min(1 << 16);
+        let transfers = workload
+            .requests
+            .saturating_mul(pairs)
+            .saturating_add(16)
+            .min(1 << 16);
         let mut builder = Endpoint::builder()
             .auth(auth.clone())
             .name(name)
@@ -62,7 +77,9 @@ impl FabricArgs {
         if !self.devices.is_empty() {
             builder = builder.devices(&self.devices);
         }
-        let endpoint = builder.bind(SocketAddr::new(ip, 0)).context("start an endpoint")?;
+        let endpoint = builder
+            .bind(SocketAddr::new(ip, 0))
+            .context("start an endpoint")?;
         if !self.devices.is_empty() && endpoint.rails().all(|rail| rail.kind != FabricKind::Verbs) {
             return Err(Error::failed(format!(
                 "no RDMA device {} is usable here; see `kvpush-bench devices` and `kvpush-bench doctor`",
@@ -110,12 +127,26 @@ pub(crate) struct Chosen {
 }
 
 /// The best fabric both sides have: the same rule as the endpoints' own.
-pub(crate) fn choose(ours: &[Rail], theirs: &[Rail], no_rdma: [Option<String>; 2]) -> Result<Chosen> {
-    let has = |rails: &[Rail], kind: FabricKind| rails.iter().any(|rail| rail.fabric == kind.to_string());
-    let kind = [FabricKind::Verbs, FabricKind::Tcp].into_iter().find(|&kind| has(ours, kind) && has(theirs, kind));
+pub(crate) fn choose(
+    ours: &[Rail],
+    theirs: &[Rail],
+    no_rdma: [Option<String>; 2],
+) -> Result<Chosen> {
+    let has =
+        |rails: &[Rail], kind: FabricKind| rails.iter().any(|rail| rail.fabric == kind.to_string());
+    let kind = [FabricKind::Verbs, FabricKind::Tcp]
+        .into_iter()
+        .find(|&kind| has(ours, kind) && has(theirs, kind));
     let Some(kind) = kind else {
-        let list = |rails: &[Rail]| rails.iter().map(|rail| rail.fabric.as_str()).collect::<Vec<_>>().join(", ");
-        let [ours_why, theirs_why] = no_rdma.map(|why| why.map_or(String::new(), |why| format!(" ({why})")));
+        let list = |rails: &[Rail]| {
+            rails
+                .iter()
+                .map(|rail| rail.fabric.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        let [ours_why, theirs_why] =
+            no_rdma.map(|why| why.map_or(String::new(), |why| format!(" ({why})")));
         return Err(Error::failed(format!(
             "the sides have no fabric in common: here {}{ours_why}, there {}{theirs_why}",
             list(ours),
@@ -125,10 +156,17 @@ pub(crate) fn choose(ours: &[Rail], theirs: &[Rail], no_rdma: [Option<String>; 2
     let fabric = kind.to_string();
     let names = |rails: &[Rail]| {
         let of_kind = rails.iter().filter(|rail| rail.fabric == fabric);
-        of_kind.map(|rail| format!("{} {}", rail.device, rail.address)).collect::<Vec<_>>().join(", ")
+        of_kind
+            .map(|rail| format!("{} {}", rail.device, rail.address))
+            .collect::<Vec<_>>()
+            .join(", ")
     };
     let mut line = match kind {
-        FabricKind::Verbs => format!("fabric: verbs (RDMA), prefill {}; decode {}", names(ours), names(theirs)),
+        FabricKind::Verbs => format!(
+            "fabric: verbs (RDMA), prefill {}; decode {}",
+            names(ours),
+            names(theirs)
+        ),
         _ => "fabric: tcp".to_owned(),
     };
     let [ours_why, theirs_why] = no_rdma;
@@ -143,7 +181,13 @@ pub(crate) fn choose(ours: &[Rail], theirs: &[Rail], no_rdma: [Option<String>; 2
         };
         line.push_str(&format!("; no RDMA because {reasons}"));
     }
-    let mtus = |rails: &[Rail]| rails.iter().filter(|rail| rail.fabric == fabric).map(|rail| rail.mtu).min();
+    let mtus = |rails: &[Rail]| {
+        rails
+            .iter()
+            .filter(|rail| rail.fabric == fabric)
+            .map(|rail| rail.mtu)
+            .min()
+    };
     if let (Some(a), Some(b)) = (mtus(ours), mtus(theirs))
         && a != b
     {
@@ -157,7 +201,12 @@ mod tests {
     use super::*;
 
     fn rail(fabric: &str, mtu: u32) -> Rail {
-        Rail { fabric: fabric.into(), device: "d:1".into(), address: "a".into(), mtu }
+        Rail {
+            fabric: fabric.into(),
+            device: "d:1".into(),
+            address: "a".into(),
+            mtu,
+        }
     }
 
     #[test]
@@ -168,12 +217,31 @@ mod tests {
         assert_eq!(chosen.fabric, "verbs");
         assert!(!chosen.line.contains("warning"));
         let chosen = choose(&both, &tcp, [None, Some("no device".into())]).unwrap();
-        assert_eq!(chosen.line, "fabric: tcp; no RDMA because decode: no device");
-        let chosen = choose(&tcp, &tcp, [Some("no device".into()), Some("no device".into())]).unwrap();
+        assert_eq!(
+            chosen.line,
+            "fabric: tcp; no RDMA because decode: no device"
+        );
+        let chosen = choose(
+            &tcp,
+            &tcp,
+            [Some("no device".into()), Some("no device".into())],
+        )
+        .unwrap();
         assert_eq!(chosen.line, "fabric: tcp; no RDMA because no device");
         let chosen = choose(&both, &[rail("verbs", 4096)], [None, None]).unwrap();
-        assert!(chosen.line.contains("path MTU 1024 at the prefill side, 4096"), "{}", chosen.line);
-        let error = choose(&both[..1], &tcp, [None, Some("no device".into())]).unwrap_err().to_string();
-        assert!(error.contains("here verbs, there tcp (no device)"), "{error}");
+        assert!(
+            chosen
+                .line
+                .contains("path MTU 1024 at the prefill side, 4096"),
+            "{}",
+            chosen.line
+        );
+        let error = choose(&both[..1], &tcp, [None, Some("no device".into())])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("here verbs, there tcp (no device)"),
+            "{error}"
+        );
     }
 }

@@ -29,7 +29,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     random_bytes(&mut key)?;
     let key = to_hex(&key);
     let mut decode = Decode::start(&args.fabric, &key)?;
-    println!("prefill: process {}; decode: process {}", std::process::id(), decode.child.id());
+    println!(
+        "prefill: process {}; decode: process {}",
+        std::process::id(),
+        decode.child.id()
+    );
     let address = decode.address.clone();
     Session::open(&address, args, Auth::passphrase(&key))
         .and_then(|mut session| session.run_all(&cases))
@@ -38,7 +42,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
 
 /// Fills `bytes` from the operating system.
 pub(crate) fn random_bytes(bytes: &mut [u8]) -> Result<()> {
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(bytes)).context("/dev/urandom")
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(bytes))
+        .context("/dev/urandom")
 }
 
 /// The child; it ends with this value.
@@ -52,7 +58,10 @@ impl Decode {
         let program = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(program);
         // In the environment, where other users do not see it, unlike arguments.
-        command.env(CHILD_KEY, key).arg("decode").args(arguments(fabric));
+        command
+            .env(CHILD_KEY, key)
+            .arg("decode")
+            .args(arguments(fabric));
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("start the decode process")?;
         let mut line = String::new();
@@ -60,7 +69,10 @@ impl Decode {
             Some(stdout) => BufReader::new(stdout).read_line(&mut line),
             None => Ok(0),
         };
-        let mut decode = Self { child, address: line.trim().to_owned() };
+        let mut decode = Self {
+            child,
+            address: line.trim().to_owned(),
+        };
         match read {
             Ok(1..) => Ok(decode),
             _ => Err(decode.explain(Error::failed("the decode process did not start"))),
@@ -72,7 +84,9 @@ impl Decode {
         // If it has just died, the news takes a moment.
         std::thread::sleep(Duration::from_millis(50));
         match (error, self.child.try_wait()) {
-            (Error::Failed(text), Ok(Some(status))) => Error::failed(format!("{text} (the decode process has ended: {status})")),
+            (Error::Failed(text), Ok(Some(status))) => {
+                Error::failed(format!("{text} (the decode process has ended: {status})"))
+            }
             (error, _) => error,
         }
     }
@@ -105,8 +119,15 @@ fn arguments(fabric: &FabricArgs) -> Vec<String> {
     if !fabric.devices.is_empty() {
         arguments.extend(["--devices".to_owned(), fabric.devices.join(",")]);
     }
-    for (name, value) in [("--gid-index", fabric.gid_index), ("--traffic-class", fabric.traffic_class)] {
-        arguments.extend(value.into_iter().flat_map(|value| [name.to_owned(), value.to_string()]));
+    for (name, value) in [
+        ("--gid-index", fabric.gid_index),
+        ("--traffic-class", fabric.traffic_class),
+    ] {
+        arguments.extend(
+            value
+                .into_iter()
+                .flat_map(|value| [name.to_owned(), value.to_string()]),
+        );
     }
     arguments
 }

@@ -42,7 +42,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Usage(text)) => {
             // Prints as clap prints its own, and exits with 2.
-            Cli::command().error(clap::error::ErrorKind::ValueValidation, text).exit()
+            Cli::command()
+                .error(clap::error::ErrorKind::ValueValidation, text)
+                .exit()
         }
         Err(error) => {
             eprintln!("kvpush-bench: {error}");

@@ -17,15 +17,25 @@ pub(crate) fn cpu_seconds() -> f64 {
 /// The value that `percent` of `sorted` do not exceed (nearest rank), 0 if there is none.
 pub(crate) fn percentile(sorted: &[Duration], percent: u32) -> Duration {
     let rank = (sorted.len() * percent as usize).div_ceil(100).max(1);
-    sorted.get(rank - 1).or(sorted.last()).copied().unwrap_or_default()
+    sorted
+        .get(rank - 1)
+        .or(sorted.last())
+        .copied()
+        .unwrap_or_default()
 }
 
 /// Bytes of memory that can be taken without swapping: what the kernel says, or less where a cgroup sets a limit.
 /// `None` if neither can be read.
 pub(crate) fn available_memory() -> Option<u64> {
     let host = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("MemAvailable:"))?;
+        line.split_whitespace()
+            .nth(1)?
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
     });
     match (host, cgroup_room()) {
         (Some(host), Some(cgroup)) => Some(host.min(cgroup)),
@@ -41,7 +51,9 @@ fn cgroup_room() -> Option<u64> {
     let cache = fs::read_to_string("/sys/fs/cgroup/memory.stat")
         .ok()
         .and_then(|text| {
-            let line = text.lines().find(|line| line.starts_with("inactive_file "))?;
+            let line = text
+                .lines()
+                .find(|line| line.starts_with("inactive_file "))?;
             line.split_whitespace().nth(1)?.parse::<u64>().ok()
         })
         .unwrap_or(0);

@@ -38,7 +38,11 @@ pub(crate) fn stopped() -> bool {
 
 /// Fails once it is time to stop.
 pub(crate) fn check() -> Result<()> {
-    if stopped() { Err(Error::failed("interrupted")) } else { Ok(()) }
+    if stopped() {
+        Err(Error::failed("interrupted"))
+    } else {
+        Ok(())
+    }
 }
 
 /// Stops as a signal does.

@@ -49,11 +49,22 @@ pub(crate) enum ToServer {
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub(crate) enum ToPusher {
     /// Answer to `Hello`.
-    Hello { protocol: u32, version: String, memory_limit: u64 },
+    Hello {
+        protocol: u32,
+        version: String,
+        memory_limit: u64,
+    },
     /// Answer to `Case`.
-    Ready { rails: Vec<Rail>, why_no_rdma: Option<String> },
+    Ready {
+        rails: Vec<Rail>,
+        why_no_rdma: Option<String>,
+    },
     /// Part of the answer to `Round`: one for each request and pair of ranks.
-    Grant { request: u32, source_rank: u32, data: String },
+    Grant {
+        request: u32,
+        source_rank: u32,
+        data: String,
+    },
     /// Part of the answer to `Round`, for one-sided access.
     Token { data: String },
     /// End of the answer to `Round`.
@@ -111,12 +122,20 @@ impl Connection {
             stream.try_clone()
         };
         let reader = BufReader::new(setup().context(&peer)?);
-        Ok(Self { reader, writer: stream, peer, line: Vec::new() })
+        Ok(Self {
+            reader,
+            writer: stream,
+            peer,
+            line: Vec::new(),
+        })
     }
 
     /// The address at this end, which is what the peer has dialled or sees.
     pub(crate) fn local_ip(&self) -> Result<IpAddr> {
-        let address = self.writer.local_addr().context("address of the connection")?;
+        let address = self
+            .writer
+            .local_addr()
+            .context("address of the connection")?;
         Ok(address.ip().to_canonical())
     }
 
@@ -126,7 +145,11 @@ impl Connection {
     }
 
     pub(crate) fn send(&mut self, message: &impl Serialize) -> Result<()> {
-        Sender { writer: &self.writer, peer: &self.peer }.send(message)
+        Sender {
+            writer: &self.writer,
+            peer: &self.peer,
+        }
+        .send(message)
     }
 
     /// The next message, `None` at the end of the conversation.
@@ -134,21 +157,42 @@ impl Connection {
         let deadline = Instant::now() + timeout;
         loop {
             let room = MAX_LINE.saturating_sub(self.line.len() as u64);
-            match self.reader.by_ref().take(room).read_until(b'\n', &mut self.line) {
+            match self
+                .reader
+                .by_ref()
+                .take(room)
+                .read_until(b'\n', &mut self.line)
+            {
                 Ok(_) if self.line.ends_with(b"\n") => {
                     let message = serde_json::from_slice(&self.line);
                     self.line.clear();
-                    return message.map(Some).context(format_args!("{} sent what is no message of kvpush-bench", self.peer));
+                    return message.map(Some).context(format_args!(
+                        "{} sent what is no message of kvpush-bench",
+                        self.peer
+                    ));
                 }
                 Ok(_) if self.line.len() as u64 >= MAX_LINE => {
-                    return Err(Error::failed(format!("{} sent a line of more than {MAX_LINE} bytes", self.peer)));
+                    return Err(Error::failed(format!(
+                        "{} sent a line of more than {MAX_LINE} bytes",
+                        self.peer
+                    )));
                 }
                 Ok(_) if self.line.is_empty() => return Ok(None),
-                Ok(_) => return Err(Error::failed(format!("{} stopped in the middle of a message", self.peer))),
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                Ok(_) => {
+                    return Err(Error::failed(format!(
+                        "{} stopped in the middle of a message",
+                        self.peer
+                    )));
+                }
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+                {
                     signals::check()?;
                     if Instant::now() >= deadline {
-                        return Err(Error::failed(format!("{} said nothing for {timeout:?}", self.peer)));
+                        return Err(Error::failed(format!(
+                            "{} said nothing for {timeout:?}",
+                            self.peer
+                        )));
                     }
                 }
                 Err(error) => return Err(error).context(&self.peer),
@@ -158,7 +202,8 @@ impl Connection {
 
     /// The next message, which must come.
     pub(crate) fn expect<T: DeserializeOwned>(&mut self, timeout: Duration) -> Result<T> {
-        self.receive(timeout)?.ok_or_else(|| Error::failed(format!("{} has closed the connection", self.peer)))
+        self.receive(timeout)?
+            .ok_or_else(|| Error::failed(format!("{} has closed the connection", self.peer)))
     }
 }
 
@@ -184,20 +229,33 @@ impl Closer {
 /// Bytes as text.
 pub(crate) fn to_hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 /// The bytes of [`to_hex`].
 pub(crate) fn from_hex(text: &str) -> Result<Vec<u8>> {
     let bad = || Error::failed("the server sent a grant that is no hexadecimal number");
-    let digits: Option<Vec<u8>> =
-        text.chars().map(|digit| digit.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
-    let digits = digits.filter(|digits| digits.len() % 2 == 0).ok_or_else(bad)?;
-    Ok(digits.chunks_exact(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect())
+    let digits: Option<Vec<u8>> = text
+        .chars()
+        .map(|digit| {
+            digit
+                .to_digit(16)
+                .and_then(|digit| u8::try_from(digit).ok())
+        })
+        .collect();
+    let digits = digits
+        .filter(|digits| digits.len() % 2 == 0)
+        .ok_or_else(bad)?;
+    Ok(digits
+        .chunks_exact(2)
+        .map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit))
+        .collect())
 }
 
 #[cfg(test)]
@@ -208,20 +266,33 @@ mod tests {
     fn pair() -> (TcpStream, Connection) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (stream, Connection::new(listener.accept().unwrap().0, "peer".into()).unwrap())
+        (
+            stream,
+            Connection::new(listener.accept().unwrap().0, "peer".into()).unwrap(),
+        )
     }
 
     #[test]
     fn messages_in_pieces_are_put_together_and_rubbish_is_refused() {
         let (mut stream, mut connection) = pair();
         let writer = std::thread::spawn(move || {
-            for piece in ["{\"type\":", "\"round\",\"seed\":5,", "\"requests\":2}\n{\"type\":\"done\"}\nnonsense\n"] {
+            for piece in [
+                "{\"type\":",
+                "\"round\",\"seed\":5,",
+                "\"requests\":2}\n{\"type\":\"done\"}\nnonsense\n",
+            ] {
                 stream.write_all(piece.as_bytes()).unwrap();
                 std::thread::sleep(TICK + TICK / 4);
             }
         });
         let wait = Duration::from_secs(20);
-        assert!(matches!(connection.expect(wait), Ok(ToServer::Round { seed: 5, requests: 2 })));
+        assert!(matches!(
+            connection.expect(wait),
+            Ok(ToServer::Round {
+                seed: 5,
+                requests: 2
+            })
+        ));
         assert!(matches!(connection.expect(wait), Ok(ToServer::Done)));
         assert!(connection.expect::<ToServer>(wait).is_err());
         assert!(matches!(connection.receive::<ToServer>(wait), Ok(None)));
@@ -231,14 +302,18 @@ mod tests {
     #[test]
     fn silence_and_endless_lines_end() {
         let (mut stream, mut connection) = pair();
-        let error = connection.receive::<ToServer>(Duration::from_millis(1)).unwrap_err();
+        let error = connection
+            .receive::<ToServer>(Duration::from_millis(1))
+            .unwrap_err();
         assert!(error.to_string().contains("said nothing"), "{error}");
         let writer = std::thread::spawn(move || {
             let megabyte = vec![b' '; 1 << 20];
             // Fails as soon as the other side has had enough.
             while stream.write_all(&megabyte).is_ok() {}
         });
-        let error = connection.receive::<ToServer>(Duration::from_secs(20)).unwrap_err();
+        let error = connection
+            .receive::<ToServer>(Duration::from_secs(20))
+            .unwrap_err();
         assert!(error.to_string().contains("a line of more than"), "{error}");
         drop(connection);
         writer.join().unwrap();

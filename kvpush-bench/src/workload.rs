@@ -113,7 +113,11 @@ impl Workload {
             head_dim: model.head_dim,
             element: Element::of(model.dtype),
             mla: model.mla,
-            layout: if tp_prefill == tp_decode { LayoutChoice::Flash } else { LayoutChoice::Hnd },
+            layout: if tp_prefill == tp_decode {
+                LayoutChoice::Flash
+            } else {
+                LayoutChoice::Hnd
+            },
             tokens_per_page: if model.mla { 64 } else { 16 },
             tp_prefill,
             tp_decode,
@@ -162,18 +166,27 @@ impl Workload {
         ];
         for (what, value, most) in ranges {
             if value == 0 || value > most {
-                return Err(Error::usage(format!("{what}: {value} is not within 1 to {most}")));
+                return Err(Error::usage(format!(
+                    "{what}: {value} is not within 1 to {most}"
+                )));
             }
         }
         if self.model.len() > 64 || self.model.chars().any(char::is_control) {
             return Err(Error::usage("the model's name is not a name"));
         }
-        if self.op != Op::Push && (self.tp_prefill, self.tp_decode, self.layers, self.mla) != (1, 1, 1, true) {
-            return Err(Error::usage("one-sided access moves raw pages between two ranks only"));
+        if self.op != Op::Push
+            && (self.tp_prefill, self.tp_decode, self.layers, self.mla) != (1, 1, 1, true)
+        {
+            return Err(Error::usage(
+                "one-sided access moves raw pages between two ranks only",
+            ));
         }
         self.pairs()?;
         self.pool_pages()?;
-        for (side, ranks) in [(Side::Prefill, self.tp_prefill), (Side::Decode, self.tp_decode)] {
+        for (side, ranks) in [
+            (Side::Prefill, self.tp_prefill),
+            (Side::Decode, self.tp_decode),
+        ] {
             self.layout(side, ranks - 1)?;
         }
         Ok(())
@@ -200,7 +213,8 @@ impl Workload {
             0 => used * 2 + 1,
             _ => used + (used / 16).max(1),
         };
-        u32::try_from(pages).map_err(|_| Error::usage(format!("{pages} pages are more than a pool can count")))
+        u32::try_from(pages)
+            .map_err(|_| Error::usage(format!("{pages} pages are more than a pool can count")))
     }
 
     /// The pool of one rank.
@@ -209,7 +223,8 @@ impl Workload {
         let shape = KvShape {
             layers: self.layers,
             tokens_per_page: self.tokens_per_page,
-            heads: shard_heads(self.kv_heads, tp, rank).map_err(|error| Error::usage(error.to_string()))?,
+            heads: shard_heads(self.kv_heads, tp, rank)
+                .map_err(|error| Error::usage(error.to_string()))?,
             head_dim: self.head_dim,
             dtype: self.element.dtype(),
         };
@@ -226,16 +241,32 @@ impl Workload {
     /// Bytes of one page of one layer: all heads, keys and values.
     pub(crate) fn page_bytes(&self) -> u64 {
         let planes = if self.mla { 1 } else { 2 };
-        [self.tokens_per_page, self.kv_heads, self.head_dim, self.element.dtype().bytes()]
-            .into_iter()
-            .fold(planes, |bytes: u64, factor| bytes.saturating_mul(factor.into()))
+        [
+            self.tokens_per_page,
+            self.kv_heads,
+            self.head_dim,
+            self.element.dtype().bytes(),
+        ]
+        .into_iter()
+        .fold(planes, |bytes: u64, factor| {
+            bytes.saturating_mul(factor.into())
+        })
     }
 
     /// Bytes that one round moves: heads replicated over decode ranks count as often as they are sent.
     pub(crate) fn round_bytes(&self, requests: u32) -> Result<u64> {
-        let heads: u64 = self.pairs()?.iter().map(|pair| u64::from(pair.heads.count)).sum();
+        let heads: u64 = self
+            .pairs()?
+            .iter()
+            .map(|pair| u64::from(pair.heads.count))
+            .sum();
         let head = self.page_bytes() / u64::from(self.kv_heads.max(1));
-        let factors = [heads, self.layers.into(), self.pages.into(), requests.into()];
+        let factors = [
+            heads,
+            self.layers.into(),
+            self.pages.into(),
+            requests.into(),
+        ];
         let product = factors.into_iter().try_fold(head, u64::checked_mul);
         product.ok_or_else(|| Error::usage("the workload has more than 2^64 bytes"))
     }
@@ -318,9 +349,12 @@ impl Workload {
         };
         random.shuffle(&mut runs);
         let order: Vec<u32> = runs.concat();
-        Ok(order.chunks(self.pages as usize).take(self.requests as usize).map(<[u32]>::to_vec).collect())
+        Ok(order
+            .chunks(self.pages as usize)
+            .take(self.requests as usize)
+            .map(<[u32]>::to_vec)
+            .collect())
     }
-
 }
 
 #[cfg(test)]
@@ -333,13 +367,17 @@ mod tests {
     fn page_tables_share_no_page_and_keep_their_runs() {
         let mut workload = Workload::of_model(&models::LLAMA_3_1_8B, 1, 1);
         for (run_length, requests, pages) in [(4, 3, 32), (1, 5, 7), (64, 2, 100)] {
-            (workload.run_length, workload.requests, workload.pages) = (run_length, requests, pages);
+            (workload.run_length, workload.requests, workload.pages) =
+                (run_length, requests, pages);
             let tables = workload.page_tables(Side::Decode, 9).unwrap();
             assert_eq!(tables.len(), requests as usize);
             let all: Vec<_> = tables.concat();
             assert_eq!(all.len(), (requests * pages) as usize);
             assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
-            assert!(all.iter().all(|&page| page < workload.pool_pages().unwrap()));
+            assert!(
+                all.iter()
+                    .all(|&page| page < workload.pool_pages().unwrap())
+            );
             assert_ne!(tables, workload.page_tables(Side::Prefill, 9).unwrap());
             assert_eq!(tables, workload.page_tables(Side::Decode, 9).unwrap());
         }
@@ -393,8 +431,16 @@ mod tests {
     #[test]
     fn too_much_memory_is_refused_with_the_arithmetic() {
         let workload = Workload::of_model(&models::LLAMA_3_1_70B, 1, 1);
-        let error = workload.check_memory(&[Side::Prefill, Side::Decode], Some(1 << 20)).unwrap_err().to_string();
-        assert!(error.contains("llama-3.1-70b") && error.contains("272 pages of 80 layers"), "{error}");
-        workload.check_memory(&[Side::Decode], Some(1 << 40)).unwrap();
+        let error = workload
+            .check_memory(&[Side::Prefill, Side::Decode], Some(1 << 20))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("llama-3.1-70b") && error.contains("272 pages of 80 layers"),
+            "{error}"
+        );
+        workload
+            .check_memory(&[Side::Decode], Some(1 << 40))
+            .unwrap();
     }
 }

@@ -49,21 +49,39 @@ pub(super) struct Round<'a> {
 
 impl Session<'_> {
     /// Runs one workload. `fabric_line` is what has been said about the fabric so far.
-    pub(super) fn run_case(&mut self, workload: &Workload, seed: u64, fabric_line: &mut Option<String>) -> Result<Row> {
+    pub(super) fn run_case(
+        &mut self,
+        workload: &Workload,
+        seed: u64,
+        fabric_line: &mut Option<String>,
+    ) -> Result<Row> {
         let ip = self.connection.local_ip()?;
-        self.connection.send(&ToServer::Case { workload: Box::new(workload.clone()) })?;
-        let mut ranks = Ranks { endpoints: Vec::new(), caches: Vec::new() };
+        self.connection.send(&ToServer::Case {
+            workload: Box::new(workload.clone()),
+        })?;
+        let mut ranks = Ranks {
+            endpoints: Vec::new(),
+            caches: Vec::new(),
+        };
         for rank in 0..workload.tp_prefill {
             let name = format!("bench-prefill-{rank}");
-            ranks.endpoints.push(self.args.fabric.endpoint(&self.auth, ip, name, workload)?);
-            ranks.caches.push(Cache::allocate(workload, Side::Prefill, rank)?);
+            ranks
+                .endpoints
+                .push(self.args.fabric.endpoint(&self.auth, ip, name, workload)?);
+            ranks
+                .caches
+                .push(Cache::allocate(workload, Side::Prefill, rank)?);
         }
         let timeout = Duration::from_secs(workload.timeout_seconds.into());
         let (their_rails, their_reason) = match self.expect(timeout + SHORT)? {
             ToPusher::Ready { rails, why_no_rdma } => (rails, why_no_rdma),
             other => return Err(unexpected(other)),
         };
-        let our_rails = ranks.endpoints.first().map(fabric::rails).unwrap_or_default();
+        let our_rails = ranks
+            .endpoints
+            .first()
+            .map(fabric::rails)
+            .unwrap_or_default();
         let our_reason = self.args.fabric.why_no_rdma(&our_rails);
         let chosen = fabric::choose(&our_rails, &their_rails, [our_reason, their_reason])?;
         if fabric_line.as_ref() != Some(&chosen.line) {
@@ -82,11 +100,16 @@ impl Session<'_> {
         for round in WARM_UP..=rounds {
             signals::check()?;
             // The first round only has to dial, to make lanes and to touch memory.
-            let requests = if round == WARM_UP { 1 } else { workload.requests };
+            let requests = if round == WARM_UP {
+                1
+            } else {
+                workload.requests
+            };
             let outcome = self.run_round(workload, &ranks, requests, random.next(), &bar);
             let (measured, verified) = outcome.inspect_err(|_| bar.abandon())?;
             let failed = verified.failure.is_some();
-            let measured = (round != WARM_UP).then_some((&measured, workload.round_bytes(requests)?));
+            let measured =
+                (round != WARM_UP).then_some((&measured, workload.round_bytes(requests)?));
             row.add(measured, &verified);
             if failed {
                 break;
@@ -121,13 +144,23 @@ impl Session<'_> {
             }
         }
         let plant = self.args.workload.plant_error;
-        if let (true, Op::Push | Op::Write, Some(cache)) = (plant, workload.op, ranks.caches.first()) {
+        if let (true, Op::Push | Op::Write, Some(cache)) =
+            (plant, workload.op, ranks.caches.first())
+        {
             cache.damage(expected)?;
         }
         let (mut grants, mut token) = (Vec::new(), None);
         loop {
             match self.expect(timeout + SHORT)? {
-                ToPusher::Grant { request, source_rank, data } => grants.push(pages::Granted { request, source_rank, data }),
+                ToPusher::Grant {
+                    request,
+                    source_rank,
+                    data,
+                } => grants.push(pages::Granted {
+                    request,
+                    source_rank,
+                    data,
+                }),
                 ToPusher::Token { data } => token = Some(data),
                 ToPusher::Go => break,
                 other => return Err(unexpected(other)),
@@ -161,7 +194,11 @@ impl Session<'_> {
             // What was read lies here.
             let (bytes, mismatch) = cache.verify(expected)?;
             verified.bytes += bytes;
-            verified.failure = verified.failure.or(mismatch.map(|bad| format!("{} bytes differ; first: {}", bad.bytes, bad.first)));
+            verified.failure =
+                verified
+                    .failure
+                    .or(mismatch
+                        .map(|bad| format!("{} bytes differ; first: {}", bad.bytes, bad.first)));
         }
         Ok((measured, verified))
     }
@@ -192,19 +229,30 @@ impl Session<'_> {
                 thread::sleep(Duration::from_millis(100));
                 closer.close();
             }
-            let verified = listener.join().map_err(|_| Error::failed("the listening thread panicked"))?;
+            let verified = listener
+                .join()
+                .map_err(|_| Error::failed("the listening thread panicked"))?;
             match (measured, verified) {
                 (Ok(measured), verified) => Ok((measured, verified?)),
-                (Err(error), Ok(Verified { failure: Some(failure), .. })) => {
-                    Err(error).context(format_args!("the server says: {failure}; here"))
-                }
+                (
+                    Err(error),
+                    Ok(Verified {
+                        failure: Some(failure),
+                        ..
+                    }),
+                ) => Err(error).context(format_args!("the server says: {failure}; here")),
                 (Err(error), _) => Err(error),
             }
         })
     }
 }
 
-fn listen(connection: &mut Connection, timeout: Duration, bar: &ProgressBar, bytes_per_layer: u64) -> Result<Verified> {
+fn listen(
+    connection: &mut Connection,
+    timeout: Duration,
+    bar: &ProgressBar,
+    bytes_per_layer: u64,
+) -> Result<Verified> {
     let start = bar.position();
     loop {
         // Verification is silent, and takes long for many gigabytes.
@@ -217,10 +265,15 @@ fn listen(connection: &mut Connection, timeout: Duration, bar: &ProgressBar, byt
 }
 
 fn progress(workload: &Workload, rounds: u32) -> Result<ProgressBar> {
-    let bytes = workload.round_bytes(1)? + workload.round_bytes(workload.requests)? * u64::from(rounds);
+    let bytes =
+        workload.round_bytes(1)? + workload.round_bytes(workload.requests)? * u64::from(rounds);
     let template = "{prefix:28} {bar:32} {bytes:>10} / {total_bytes:10} {elapsed_precise}";
-    let style = ProgressStyle::with_template(template).context("progress bar")?.progress_chars("=> ");
-    let bar = ProgressBar::new(bytes).with_style(style).with_prefix(workload.title());
+    let style = ProgressStyle::with_template(template)
+        .context("progress bar")?
+        .progress_chars("=> ");
+    let bar = ProgressBar::new(bytes)
+        .with_style(style)
+        .with_prefix(workload.title());
     bar.tick();
     Ok(bar)
 }

@@ -37,8 +37,10 @@ pub(crate) fn run(args: &PushArgs) -> Result<()> {
     cases::select(&args.run.workload, &[])?;
     let auth = args.key.auth();
     let mut session = Session::open(&args.host, &args.run, auth)?;
-    let limits: [(&[Side], _); 2] =
-        [(&[Side::Prefill], measure::available_memory()), (&[Side::Decode], Some(session.server_limit))];
+    let limits: [(&[Side], _); 2] = [
+        (&[Side::Prefill], measure::available_memory()),
+        (&[Side::Decode], Some(session.server_limit)),
+    ];
     let cases = cases::select(&args.run.workload, &limits)?;
     session.run_all(&cases)
 }
@@ -57,12 +59,24 @@ impl<'a> Session<'a> {
         let (stream, peer) = dial(host)?;
         let mut connection = Connection::new(stream, format!("the server {peer}"))?;
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        connection.send(&ToServer::Hello { protocol: PROTOCOL, version })?;
+        connection.send(&ToServer::Hello {
+            protocol: PROTOCOL,
+            version,
+        })?;
         match connection.expect(SHORT)? {
-            ToPusher::Hello { protocol: PROTOCOL, memory_limit, .. } => {
-                Ok(Self { connection, args, auth, server_limit: memory_limit })
-            }
-            ToPusher::Hello { protocol, version, .. } => Err(Error::failed(format!(
+            ToPusher::Hello {
+                protocol: PROTOCOL,
+                memory_limit,
+                ..
+            } => Ok(Self {
+                connection,
+                args,
+                auth,
+                server_limit: memory_limit,
+            }),
+            ToPusher::Hello {
+                protocol, version, ..
+            } => Err(Error::failed(format!(
                 "the server is kvpush-bench {version} with protocol {protocol}, this is {} with {PROTOCOL}: run the same version on both hosts",
                 env!("CARGO_PKG_VERSION"),
             ))),
@@ -96,7 +110,10 @@ impl<'a> Session<'a> {
         stopped?;
         match rows.iter().filter(|row| !row.verified).count() {
             0 => Ok(()),
-            bad => Err(Error::failed(format!("{bad} of {} rows did not verify", rows.len()))),
+            bad => Err(Error::failed(format!(
+                "{bad} of {} rows did not verify",
+                rows.len()
+            ))),
         }
     }
 
@@ -122,7 +139,11 @@ fn dial(host: &str) -> Result<(TcpStream, String)> {
         Ok(addresses) if !host.is_empty() => addresses.collect(),
         _ => match host.to_socket_addrs() {
             Ok(addresses) => addresses.collect(),
-            Err(error) => return Err(Error::failed(format!("{host:?} is no HOST or HOST:PORT to be found: {error}"))),
+            Err(error) => {
+                return Err(Error::failed(format!(
+                    "{host:?} is no HOST or HOST:PORT to be found: {error}"
+                )));
+            }
         },
     };
     let mut failures = Vec::new();

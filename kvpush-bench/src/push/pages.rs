@@ -7,7 +7,10 @@ use std::{
 
 use kvpush::{Grant, Push};
 
-use super::{case::{Measured, Round}, wait};
+use super::{
+    case::{Measured, Round},
+    wait,
+};
 use crate::{
     error::{Context, Error, Result},
     signals, wire,
@@ -35,15 +38,23 @@ pub(super) fn open(round: &Round<'_>, grants: Vec<Granted>) -> Result<Pushes> {
         let bytes = wire::from_hex(&granted.data)?;
         let grant = Grant::decode(&bytes).context("the server's grant")?;
         let rank = granted.source_rank as usize;
-        let (endpoint, cache) = (round.ranks.endpoints.get(rank), round.ranks.caches.get(rank));
+        let (endpoint, cache) = (
+            round.ranks.endpoints.get(rank),
+            round.ranks.caches.get(rank),
+        );
         let of_request = pushes.get_mut(granted.request as usize);
         let (Some(endpoint), Some(cache), Some(of_request)) = (endpoint, cache, of_request) else {
-            return Err(Error::failed("the server sent a grant for a rank or request that does not exist"));
+            return Err(Error::failed(
+                "the server sent a grant for a rank or request that does not exist",
+            ));
         };
         let push = endpoint.start_push(cache.pool()?, grant, Some(round.timeout));
         of_request.push(push.context("begin a push")?);
     }
-    if pushes.iter().any(|of_request| of_request.len() as u64 != pairs(round).unwrap_or(0)) {
+    if pushes
+        .iter()
+        .any(|of_request| of_request.len() as u64 != pairs(round).unwrap_or(0))
+    {
         return Err(Error::failed("the server sent too few grants"));
     }
     for opened in wait::all(pushes.iter().flatten().map(Push::opened)) {
@@ -61,15 +72,21 @@ pub(super) fn push(round: &Round<'_>, pushes: Pushes) -> Result<Measured> {
             if under_way.len() >= round.in_flight as usize {
                 finish(&mut under_way, round.timeout, measured)?;
             }
-            let table = round.expected.tables.get(request as usize).map_or(&[][..], Vec::as_slice);
+            let table = round
+                .expected
+                .tables
+                .get(request as usize)
+                .map_or(&[][..], Vec::as_slice);
             let start = Instant::now();
             for layer in 0..round.workload.layers as usize {
                 for push in &of_request {
-                    push.layer(layer, table).context(format_args!("push layer {layer} of request {request}"))?;
+                    push.layer(layer, table)
+                        .context(format_args!("push layer {layer} of request {request}"))?;
                 }
             }
             for push in &of_request {
-                push.start_finish(request.to_le_bytes().to_vec()).context(format_args!("finish request {request}"))?;
+                push.start_finish(request.to_le_bytes().to_vec())
+                    .context(format_args!("finish request {request}"))?;
             }
             under_way.push_back((start, of_request));
         }
@@ -81,8 +98,14 @@ pub(super) fn push(round: &Round<'_>, pushes: Pushes) -> Result<Measured> {
 }
 
 /// Waits for the oldest request.
-fn finish(under_way: &mut VecDeque<(Instant, Vec<Push>)>, timeout: Duration, measured: &mut Measured) -> Result<()> {
-    let Some((start, pushes)) = under_way.pop_front() else { return Ok(()) };
+fn finish(
+    under_way: &mut VecDeque<(Instant, Vec<Push>)>,
+    timeout: Duration,
+    measured: &mut Measured,
+) -> Result<()> {
+    let Some((start, pushes)) = under_way.pop_front() else {
+        return Ok(());
+    };
     let deadline = start + timeout;
     for push in pushes {
         let report = loop {
@@ -91,7 +114,9 @@ fn finish(under_way: &mut VecDeque<(Instant, Vec<Push>)>, timeout: Duration, mea
             match push.ended_blocking(Duration::from_millis(250)) {
                 Some(end) => break end.context("push")?,
                 None if Instant::now() >= deadline => {
-                    return Err(Error::failed(format!("a request was not there after {timeout:?} (see --timeout)")));
+                    return Err(Error::failed(format!(
+                        "a request was not there after {timeout:?} (see --timeout)"
+                    )));
                 }
                 None => {}
             }

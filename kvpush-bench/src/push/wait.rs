@@ -24,7 +24,11 @@ pub(super) fn all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Out
     // Each future is polled again only after a wake-up; those at the front tend to be ready first.
     loop {
         let mut pending = false;
-        for (future, done) in waiting.iter_mut().zip(&mut done).filter(|(_, done)| done.is_none()) {
+        for (future, done) in waiting
+            .iter_mut()
+            .zip(&mut done)
+            .filter(|(_, done)| done.is_none())
+        {
             match future.as_mut().poll(&mut context) {
                 Poll::Ready(result) => *done = Some(result),
                 Poll::Pending => pending = true,

@@ -5,7 +5,7 @@ mod row;
 
 use std::{fs, path::Path};
 
-use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
 
 pub(crate) use self::row::Row;
 use crate::{
@@ -27,8 +27,16 @@ pub(crate) fn write(rows: &[Row], output: &OutputArgs) -> Result<()> {
     if !rows.is_empty() {
         println!("{}", table(rows));
     }
-    for failure in rows.iter().filter_map(|row| Some((row, row.failure.as_ref()?))) {
-        println!("NOT VERIFIED: {} {}: {}", failure.0.title(), failure.0.op, failure.1);
+    for failure in rows
+        .iter()
+        .filter_map(|row| Some((row, row.failure.as_ref()?)))
+    {
+        println!(
+            "NOT VERIFIED: {} {}: {}",
+            failure.0.title(),
+            failure.0.op,
+            failure.1
+        );
     }
     if let Some(path) = &output.json {
         write_file(path, &json(rows)?)?;
@@ -46,14 +54,27 @@ fn write_file(path: &Path, text: &str) -> Result<()> {
 /// An array with one object on each line.
 fn json(rows: &[Row]) -> Result<String> {
     let lines: Result<Vec<_>, _> = rows.iter().map(serde_json::to_string).collect();
-    Ok(format!("[\n{}\n]\n", lines.context("encode the rows")?.join(",\n")))
+    Ok(format!(
+        "[\n{}\n]\n",
+        lines.context("encode the rows")?.join(",\n")
+    ))
 }
 
 fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(UTF8_HORIZONTAL_ONLY);
+    let mut table = compact_table();
     table.set_header(vec![
-        "workload", "op", "fabric", "lanes", "page", "pages", "GB", "GB/s", "p50 ms", "p99 ms", "pages/s", "CPU s/GB",
+        "workload",
+        "op",
+        "fabric",
+        "lanes",
+        "page",
+        "pages",
+        "GB",
+        "GB/s",
+        "p50 ms",
+        "p99 ms",
+        "pages/s",
+        "CPU s/GB",
         "bytes verified",
     ]);
     for row in rows {
@@ -62,5 +83,14 @@ fn table(rows: &[Row]) -> Table {
     for column in table.column_iter_mut().skip(3) {
         column.set_cell_alignment(CellAlignment::Right);
     }
+    table
+}
+
+/// A table without lines between its rows.
+pub(crate) fn compact_table() -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_HORIZONTAL_ONLY);
+    table.remove_style(TableComponent::HorizontalLines);
+    table.remove_style(TableComponent::MiddleIntersections);
     table
 }

@@ -113,7 +113,8 @@ impl Row {
         self.cpu_s_per_gb = per(self.cpu_seconds, gigabytes);
         let pages = self.latencies.len() as f64 * f64::from(self.pages) * f64::from(self.layers);
         self.pages_per_s = per(pages, self.seconds);
-        self.verified = self.failure.is_none() && self.verified_bytes > 0 && !self.latencies.is_empty();
+        self.verified =
+            self.failure.is_none() && self.verified_bytes > 0 && !self.latencies.is_empty();
     }
 
     pub(crate) fn title(&self) -> String {
@@ -131,7 +132,11 @@ impl Row {
             self.op,
             self.fabric,
             self.gb_per_s,
-            if self.verified { "every byte verified" } else { "NOT VERIFIED" }
+            if self.verified {
+                "every byte verified"
+            } else {
+                "NOT VERIFIED"
+            }
         )
     }
 
@@ -173,20 +178,40 @@ mod tests {
     use super::*;
 
     fn measured(seconds: f64, latencies: &[u64]) -> Measured {
-        let latencies = latencies.iter().map(|&ms| Duration::from_millis(ms)).collect();
-        Measured { seconds, cpu_seconds: 1.0, latencies, writes: 7 }
+        let latencies = latencies
+            .iter()
+            .map(|&ms| Duration::from_millis(ms))
+            .collect();
+        Measured {
+            seconds,
+            cpu_seconds: 1.0,
+            latencies,
+            writes: 7,
+        }
     }
 
     #[test]
     fn figures_are_of_the_measured_rounds() {
         let workload = Workload::raw(Op::Push, 4096);
         let mut row = Row::new(&workload, "tcp", 2);
-        let right = Verified { bytes: 10, cpu_seconds: 1.0, failure: None };
+        let right = Verified {
+            bytes: 10,
+            cpu_seconds: 1.0,
+            failure: None,
+        };
         row.add(None, &right);
         row.add(Some((&measured(1.0, &[400, 600]), 1_000_000_000)), &right);
         row.add(Some((&measured(3.0, &[500, 2500]), 3_000_000_000)), &right);
         row.close();
-        assert_eq!((row.gb_per_s, row.cpu_s_per_gb, row.writes, row.verified_bytes), (1.0, 1.0, 14, 30));
+        assert_eq!(
+            (
+                row.gb_per_s,
+                row.cpu_s_per_gb,
+                row.writes,
+                row.verified_bytes
+            ),
+            (1.0, 1.0, 14, 30)
+        );
         assert_eq!((row.p50_us, row.p99_us), (500e3, 2500e3));
         assert_eq!(row.pages_per_s, 4.0 * 128.0 / 4.0);
         assert!(row.verified);
@@ -198,8 +223,22 @@ mod tests {
         let mut row = Row::new(&workload, "tcp", 2);
         row.close();
         assert!(!row.verified);
-        row.add(None, &Verified { bytes: 1, cpu_seconds: 0.0, failure: Some("bad".into()) });
-        row.add(Some((&measured(1.0, &[1]), 5)), &Verified { bytes: 1, cpu_seconds: 0.0, failure: None });
+        row.add(
+            None,
+            &Verified {
+                bytes: 1,
+                cpu_seconds: 0.0,
+                failure: Some("bad".into()),
+            },
+        );
+        row.add(
+            Some((&measured(1.0, &[1]), 5)),
+            &Verified {
+                bytes: 1,
+                cpu_seconds: 0.0,
+                failure: None,
+            },
+        );
         row.close();
         assert!(!row.verified);
         assert_eq!(row.failure.as_deref(), Some("bad"));

@@ -52,10 +52,15 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         sessions: AtomicUsize::new(0),
         talkative: true,
     };
-    let listener = TcpListener::bind(args.bind)
-        .context(format_args!("listen on {} (is another server running? choose another port with --bind)", args.bind))?;
+    let listener = TcpListener::bind(args.bind).context(format_args!(
+        "listen on {} (is another server running? choose another port with --bind)",
+        args.bind
+    ))?;
     let address = listener.local_addr().context("the address listened on")?;
-    println!("listening on {address}, memory limit {}; Ctrl-C ends", bytes_text(server.memory_limit));
+    println!(
+        "listening on {address}, memory limit {}; Ctrl-C ends",
+        bytes_text(server.memory_limit)
+    );
     flush();
     accept(&listener, &Arc::new(server))
 }
@@ -73,7 +78,10 @@ pub(crate) fn run_child(args: &DecodeArgs) -> Result<()> {
         talkative: false,
     };
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen")?;
-    println!("{}", listener.local_addr().context("the address listened on")?);
+    println!(
+        "{}",
+        listener.local_addr().context("the address listened on")?
+    );
     flush();
     std::thread::spawn(|| {
         let mut nothing = [0];
@@ -104,7 +112,11 @@ fn accept(listener: &TcpListener, server: &Arc<Server>) -> Result<()> {
                 }
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => wait_for(listener)?,
-            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::Interrupted | ErrorKind::ConnectionAborted
+                ) => {}
             Err(error) => return Err(error).context("accept a connection"),
         }
     }
@@ -120,7 +132,11 @@ fn accept(listener: &TcpListener, server: &Arc<Server>) -> Result<()> {
 
 /// Sleeps until somebody dials, a signal comes, or half a second has passed.
 fn wait_for(listener: &TcpListener) -> Result<()> {
-    let mut poll = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: listener.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     // SAFETY: `poll` is one valid pollfd, whose descriptor the listener keeps open.
     let result = unsafe { libc::poll(&mut poll, 1, 500) };
     let error = std::io::Error::last_os_error();
@@ -146,9 +162,14 @@ impl Server {
 
     /// Takes the server for one workload.
     fn claim(&self) -> Result<Claim<'_>> {
-        match self.busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire) {
+        match self
+            .busy
+            .compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire)
+        {
             Ok(_) => Ok(Claim(self)),
-            Err(_) => Err(Error::failed("busy with another pusher; try again when that has finished")),
+            Err(_) => Err(Error::failed(
+                "busy with another pusher; try again when that has finished",
+            )),
         }
     }
 }

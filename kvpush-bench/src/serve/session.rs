@@ -57,7 +57,11 @@ struct Expecting {
 impl<'a> Session<'a> {
     pub(super) fn new(server: &'a Server, stream: TcpStream, peer: SocketAddr) -> Result<Self> {
         let connection = Connection::new(stream, format!("the pusher {peer}"))?;
-        Ok(Self { server, connection, peer })
+        Ok(Self {
+            server,
+            connection,
+            peer,
+        })
     }
 
     pub(super) fn run(mut self) -> Result<()> {
@@ -75,7 +79,9 @@ impl<'a> Session<'a> {
         let result = self.converse();
         if let Err(error) = &result {
             // It may have gone.
-            let _ = self.connection.send(&ToPusher::Refused { message: error.to_string() });
+            let _ = self.connection.send(&ToPusher::Refused {
+                message: error.to_string(),
+            });
         }
         result
     }
@@ -89,7 +95,9 @@ impl<'a> Session<'a> {
                     drop(ranks.take());
                     ranks = Some(self.prepare(*workload)?);
                 }
-                (ToServer::Round { seed, requests }, Some(ranks)) => self.round(ranks, seed, requests)?,
+                (ToServer::Round { seed, requests }, Some(ranks)) => {
+                    self.round(ranks, seed, requests)?
+                }
                 (ToServer::End, _) => ranks = None,
                 (other, _) => return Err(Error::failed(format!("{other:?} is out of turn"))),
             }
@@ -110,13 +118,20 @@ impl<'a> Session<'a> {
         let mut exported = None;
         for rank in 0..workload.tp_decode {
             let name = format!("bench-decode-{rank}");
-            let endpoint = self.server.fabric.endpoint(&self.server.auth, ip, name, &workload)?;
+            let endpoint = self
+                .server
+                .fabric
+                .endpoint(&self.server.auth, ip, name, &workload)?;
             let mut cache = Cache::allocate(&workload, Side::Decode, rank)?;
             match workload.op {
                 Op::Push => cache.register(&endpoint)?,
                 Op::Write | Op::Read => {
                     let memory = cache.first_region()? as Arc<dyn Memory>;
-                    exported = Some(endpoint.register(memory, Access::ALL).context("register memory")?);
+                    exported = Some(
+                        endpoint
+                            .register(memory, Access::ALL)
+                            .context("register memory")?,
+                    );
                 }
             }
             endpoints.push(endpoint);
@@ -124,14 +139,24 @@ impl<'a> Session<'a> {
         }
         let rails = endpoints.first().map(fabric::rails).unwrap_or_default();
         let why_no_rdma = self.server.fabric.why_no_rdma(&rails);
-        self.connection.send(&ToPusher::Ready { rails, why_no_rdma })?;
-        Ok(Ranks { workload, endpoints, caches, exported, _claim: claim })
+        self.connection
+            .send(&ToPusher::Ready { rails, why_no_rdma })?;
+        Ok(Ranks {
+            workload,
+            endpoints,
+            caches,
+            exported,
+            _claim: claim,
+        })
     }
 
     fn round(&mut self, ranks: &Ranks<'_>, seed: u64, requests: u32) -> Result<()> {
         let workload = &ranks.workload;
         if requests == 0 || requests > workload.requests {
-            return Err(Error::failed(format!("a round of {requests} requests, the workload has {}", workload.requests)));
+            return Err(Error::failed(format!(
+                "a round of {requests} requests, the workload has {}",
+                workload.requests
+            )));
         }
         let timeout = Duration::from_secs(workload.timeout_seconds.into());
         let tables = workload.page_tables(Side::Decode, seed)?;
@@ -153,7 +178,12 @@ impl<'a> Session<'a> {
         self.connection.send(&ToPusher::Verified(verified))
     }
 
-    fn pushed(&mut self, ranks: &Ranks<'_>, expected: Expected<'_>, timeout: Duration) -> Result<Verified> {
+    fn pushed(
+        &mut self,
+        ranks: &Ranks<'_>,
+        expected: Expected<'_>,
+        timeout: Duration,
+    ) -> Result<Verified> {
         let workload = &ranks.workload;
         let mut expecting = Vec::new();
         for (request, table) in (0u32..).zip(expected.tables) {
@@ -161,10 +191,18 @@ impl<'a> Session<'a> {
                 let cache = ranks.caches.get(pair.destination_rank as usize);
                 let cache = cache.ok_or_else(|| Error::failed("no such rank"))?;
                 // The deadline includes the time to send all grants and to open all pushes.
-                let options = GrantOptions::new(format!("bench-{request}"), timeout * 2).heads(pair.heads);
-                let arrival = cache.pool()?.grant_with(table, options).context("issue a grant")?;
+                let options =
+                    GrantOptions::new(format!("bench-{request}"), timeout * 2).heads(pair.heads);
+                let arrival = cache
+                    .pool()?
+                    .grant_with(table, options)
+                    .context("issue a grant")?;
                 let data = to_hex(&arrival.grant().encode());
-                self.connection.send(&ToPusher::Grant { request, source_rank: pair.source_rank, data })?;
+                self.connection.send(&ToPusher::Grant {
+                    request,
+                    source_rank: pair.source_rank,
+                    data,
+                })?;
                 expecting.push(Expecting { request, arrival });
             }
         }
@@ -191,17 +229,25 @@ impl<'a> Session<'a> {
         for Expecting { request, arrival } in expecting {
             let end = loop {
                 signals::check()?;
-                if let Some(end) = arrival.complete_blocking(TICK.min(report.saturating_duration_since(Instant::now()))) {
+                if let Some(end) = arrival
+                    .complete_blocking(TICK.min(report.saturating_duration_since(Instant::now())))
+                {
                     break end;
                 }
                 if Instant::now() >= report {
                     report = Instant::now() + TICK;
-                    let layers = expecting.iter().map(|one| u64::from(one.arrival.complete_layers())).sum();
+                    let layers = expecting
+                        .iter()
+                        .map(|one| u64::from(one.arrival.complete_layers()))
+                        .sum();
                     // Fails if the pusher has gone, which ends the wait.
                     self.connection.send(&ToPusher::Progress { layers })?;
                 }
                 if Instant::now() >= deadline {
-                    return Ok(Some(format!("request {request} did not arrive within {:?}", timeout * 2)));
+                    return Ok(Some(format!(
+                        "request {request} did not arrive within {:?}",
+                        timeout * 2
+                    )));
                 }
             };
             match end {
@@ -217,9 +263,19 @@ impl<'a> Session<'a> {
         Ok(failure)
     }
 
-    fn accessed(&mut self, ranks: &Ranks<'_>, expected: Expected<'_>, timeout: Duration) -> Result<Verified> {
-        let exported = ranks.exported.as_ref().ok_or_else(|| Error::failed("nothing is exported"))?;
-        self.connection.send(&ToPusher::Token { data: to_hex(&exported.token().encode()) })?;
+    fn accessed(
+        &mut self,
+        ranks: &Ranks<'_>,
+        expected: Expected<'_>,
+        timeout: Duration,
+    ) -> Result<Verified> {
+        let exported = ranks
+            .exported
+            .as_ref()
+            .ok_or_else(|| Error::failed("nothing is exported"))?;
+        self.connection.send(&ToPusher::Token {
+            data: to_hex(&exported.token().encode()),
+        })?;
         self.connection.send(&ToPusher::Go)?;
         let start: Option<ToServer> = self.connection.receive(timeout)?;
         let cpu = measure::cpu_seconds();
@@ -233,7 +289,10 @@ impl<'a> Session<'a> {
             Op::Read => self.verify(ranks, expected, Cache::verify_source)?,
             Op::Push | Op::Write => self.verify(ranks, expected, Cache::verify)?,
         };
-        Ok(Verified { cpu_seconds, ..verified })
+        Ok(Verified {
+            cpu_seconds,
+            ..verified
+        })
     }
 
     fn verify(
@@ -247,7 +306,10 @@ impl<'a> Session<'a> {
             let (bytes, mismatch) = verify(cache, expected)?;
             verified.bytes += bytes;
             if let Some(bad) = mismatch {
-                let text = format!("rank {rank}: {} bytes differ; first: {}", bad.bytes, bad.first);
+                let text = format!(
+                    "rank {rank}: {} bytes differ; first: {}",
+                    bad.bytes, bad.first
+                );
                 verified.failure.get_or_insert(text);
             }
         }
