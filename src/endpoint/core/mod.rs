@@ -7,8 +7,10 @@
 //! | File | What |
 //! |---|---|
 //! | `session` | lanes to one peer: made, connected, fenced |
+//! | `dial` | the dialling side of the handshake |
 //! | `connect` | sessions made ahead of the first push |
 //! | `writer` | the dialling side: open, plan, queue, finish |
+//! | `remote` | what the peer told of its pool, checked |
 //! | `pump` | from queued work to posted requests |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `access` | one-sided reads and writes of exported regions |
@@ -23,8 +25,10 @@
 mod access;
 mod command;
 mod connect;
+mod dial;
 mod pump;
 mod reader;
+mod remote;
 mod session;
 mod timers;
 mod writer;

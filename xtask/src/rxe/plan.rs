@@ -26,13 +26,21 @@ const BENCH_PORT: u16 = 7700;
 /// Where the bench leaves its rows.
 const BENCH_ROWS: &str = "bench.json";
 
+/// What both guests know; the network between them has nobody else on it.
+const BENCH_KEY: &str = "between-two-guests";
+
+/// Grouped-query attention and MLA, with more ranks on either side, over two lanes; small, because emulation is slow.
+const BENCH_WORKLOAD: &str = "--fabric verbs --lanes 2 --model llama-3.1-8b,deepseek-r1 --tp-prefill 4,2 --tp-decode 2,4 \
+     --layers 4 --requests 2 --pages 8 --rounds 1";
+
 fn bench_serve(bench: &str) -> String {
-    format!("serve_until_stopped {bench} serve")
+    format!("serve_until_stopped {bench} serve --key {BENCH_KEY} --fabric verbs")
 }
 
 fn bench_push(bench: &str) -> String {
     format!(
-        "wait_for_tcp \"$KVPUSH_GUEST_PEER\" {BENCH_PORT} 120 && {bench} push \"$KVPUSH_GUEST_PEER\" --json /out/{BENCH_ROWS}"
+        "wait_for_tcp \"$KVPUSH_GUEST_PEER\" {BENCH_PORT} 120 && {bench} push \"$KVPUSH_GUEST_PEER\" --key {BENCH_KEY} \
+         {BENCH_WORKLOAD} --json /out/{BENCH_ROWS}"
     )
 }
 
