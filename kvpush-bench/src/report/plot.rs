@@ -106,10 +106,9 @@ fn lines(rows: &[Row]) -> String {
             MARGIN - 8.0,
             y(value) + 4.0,
             "end",
-            &format!("{:.3}", value)
+            format!("{value:.3}")
                 .trim_end_matches('0')
-                .trim_end_matches('.')
-                .to_owned(),
+                .trim_end_matches('.'),
         );
         value += step;
     }
