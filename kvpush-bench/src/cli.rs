@@ -11,33 +11,38 @@ pub(crate) const DEFAULT_PORT: u16 = 7700;
 
 const EXAMPLES: &str = "\
 Examples:
-  kvpush-bench                                       the main job, on this machine alone
-  kvpush-bench --model deepseek-r1 --pages 64        another model
-  kvpush-bench --tp-prefill 4 --tp-decode 2          four prefill ranks push to two decode ranks
-  kvpush-bench --sweep 4k..1m --plot sweep.svg       raw page sizes
-  kvpush-bench serve --key \"$SECRET\"                 on the decode host ...
-  kvpush-bench push decode-host --key \"$SECRET\"      ... and on the prefill host
-  kvpush-bench doctor                                what is wrong with this host
-
-How it measures:
-  The prefill side fills its pages by a formula of (seed, request, layer, key or value, position, token, head), pushes
-  each request layer by layer, and the decode side recomputes the formula for every byte of its pools, pages that
-  nobody may write included. Filling and verifying are outside of the measured time.
-  GB/s     payload bytes / 1e9 / seconds, from the first layer handed over to the last acknowledgement
-  p50,p99  of one request (one batch in a sweep), at the prefill side: from its first layer handed over until all its
-           ranks know that everything is in the decode side's memory. Pushes are opened (granted, agreed) before.
-  pages/s  pages of one layer
-  CPU s/GB CPU seconds of both processes, user and system, per GB, in the measured time
-  One round is run first that does not count.
+  kvpush-bench                                   the main job, on this machine alone
+  kvpush-bench --model deepseek-r1 --pages 64    another model
+  kvpush-bench --tp-prefill 4 --tp-decode 2      four prefill ranks push to two decode ranks
+  kvpush-bench --sweep 4k..1m --plot sweep.svg   raw page sizes
+  kvpush-bench serve --key \"$SECRET\"             on the decode host ...
+  kvpush-bench push decode-host --key \"$SECRET\"  ... and on the prefill host
+  kvpush-bench doctor                            what is wrong with this host
 
 Exit codes: 0 every byte verified, 1 something failed, 2 wrong command line.";
+
+const METHOD: &str = "\
+How it measures:
+  The prefill side fills its pages by a formula of (seed, request, layer, key or value,
+  position, token, head) and pushes each request layer by layer. The decode side computes
+  the formula again for every byte of its pools, those that nobody may write included.
+  Filling and verifying are not in the measured time. A first round does not count.
+
+  GB/s      payload bytes / 1e9 / seconds, from the first layer handed over to the last
+            acknowledgement
+  p50, p99  time of one request (of one batch in a sweep) at the prefill side: from its
+            first layer handed over until all its ranks know that everything is in the
+            decode side's memory; grants are issued and pushes opened before
+  pages/s   pages of one layer
+  CPU s/GB  CPU seconds, user and system, of both processes, for each GB";
 
 /// Measures how fast kvpush moves KV-cache pages between a prefill and a decode process, and verifies every byte.
 ///
 /// Without a command it runs both on this machine, over the best fabric found: RDMA if there is a usable device, else
 /// TCP.
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true, max_term_width = 110)]
+#[command(version, after_help = EXAMPLES, after_long_help = format!("{METHOD}\n\n{EXAMPLES}"),
+    args_conflicts_with_subcommands = true, max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
@@ -50,7 +55,7 @@ pub(crate) enum Command {
     /// Be the decode side for pushers on other hosts, until Ctrl-C or SIGTERM
     Serve(ServeArgs),
     /// Be the prefill side: push to a server and report
-    Push(PushArgs),
+    Push(Box<PushArgs>),
     /// List the RDMA devices of this host: ports, GIDs, MTU, limits
     Devices(HostArgs),
     /// Say what is wrong with this host for RDMA, and how to mend it
@@ -191,10 +196,10 @@ pub(crate) struct WorkloadArgs {
     /// Tensor-parallel ranks of the decode side [default: 1]
     #[arg(long, value_delimiter = ',', value_name = "N")]
     pub(crate) tp_decode: Vec<u32>,
-    /// Requests pushed in one round
+    /// Requests pushed in one round [default: 4, fewer where memory is short; in a sweep as many as make 64 MiB]
     #[arg(long, value_name = "N")]
     pub(crate) requests: Option<u32>,
-    /// Pages of one request
+    /// Pages of one request [default: 64, MLA 32, in a sweep 128]
     #[arg(long, value_name = "N")]
     pub(crate) pages: Option<u32>,
     /// Tokens in a page [default: 16, MLA 64]

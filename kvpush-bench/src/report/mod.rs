@@ -63,19 +63,8 @@ fn json(rows: &[Row]) -> Result<String> {
 fn table(rows: &[Row]) -> Table {
     let mut table = compact_table();
     table.set_header(vec![
-        "workload",
-        "op",
-        "fabric",
-        "lanes",
-        "page",
-        "pages",
-        "GB",
-        "GB/s",
-        "p50 ms",
-        "p99 ms",
-        "pages/s",
-        "CPU s/GB",
-        "bytes verified",
+        "workload", "op", "fabric", "lanes", "page", "pages", "moved", "GB/s", "p50 ms", "p99 ms",
+        "pages/s", "CPU s/GB", "verified",
     ]);
     for row in rows {
         table.add_row(row.cells());

@@ -106,10 +106,9 @@ fn lines(rows: &[Row]) -> String {
             MARGIN - 8.0,
             y(value) + 4.0,
             "end",
-            &format!("{:.3}", value)
+            format!("{value:.3}")
                 .trim_end_matches('0')
-                .trim_end_matches('.')
-                .to_owned(),
+                .trim_end_matches('.'),
         );
         value += step;
     }
@@ -208,11 +207,9 @@ mod tests {
     use crate::{cli::Op, workload::Workload};
 
     fn row(op: Op, bytes: u32, gb_per_s: f64) -> Row {
-        Row {
-            gb_per_s,
-            verified: true,
-            ..Row::new(&Workload::raw(op, bytes), "tcp", 1)
-        }
+        let mut row = Row::new(&Workload::raw(op, bytes), "tcp", 1);
+        (row.gb_per_s, row.verified) = (gb_per_s, true);
+        row
     }
 
     #[test]

@@ -146,13 +146,16 @@ impl Row {
             false => "FAILED".to_owned(),
         };
         vec![
-            self.title(),
+            match self.model.as_str() {
+                "raw" => "raw".to_owned(),
+                _ => self.title(),
+            },
             self.op.to_owned(),
             self.fabric.clone(),
             self.lanes.to_string(),
             bytes_text(self.page_bytes),
             self.pages.to_string(),
-            significant(self.bytes as f64 / 1e9),
+            bytes_text(self.bytes),
             significant(self.gb_per_s),
             significant(self.p50_us / 1e3),
             significant(self.p99_us / 1e3),
