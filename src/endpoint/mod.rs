@@ -2,7 +2,7 @@
 //!
 //! | Thread | Owns | Sleeps in |
 //! |---|---|---|
-//! | `kvpush-driver` | the [`core`], and with it all contexts, lanes, grants and pushes | `poll(2)` on the contexts and its wake-up |
+//! | `kvpush-driver` | the `core`, and with it all contexts, lanes, grants and pushes | `poll(2)` on the contexts and its wake-up |
 //! | `kvpush-control` | the control connections | `epoll(7)` |
 //!
 //! Every method may be called from any thread, and none but those that say so blocks. Every wait exists as a future

@@ -120,7 +120,12 @@ mod tests {
     #[test]
     fn a_future_is_woken_once_for_each_change() {
         let signal = Signal::new(false);
-        let mut context = Context::from_waker(Waker::noop());
+        struct Nothing;
+        impl std::task::Wake for Nothing {
+            fn wake(self: Arc<Self>) {}
+        }
+        let waker = Waker::from(Arc::new(Nothing));
+        let mut context = Context::from_waker(&waker);
         assert!(
             signal
                 .poll(&mut context, |&done| done.then_some(()))
