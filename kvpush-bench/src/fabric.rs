@@ -10,6 +10,7 @@ use kvpush::{
 use crate::{
     cli::{FabricArgs, FabricChoice, KeyArgs},
     error::{Context, Error, Result},
+    out,
     wire::Rail,
     workload::Workload,
 };
@@ -20,9 +21,9 @@ impl KeyArgs {
         match &self.key {
             Some(key) => Auth::passphrase(key),
             None => {
-                eprintln!(
+                out::note(format_args!(
                     "kvpush-bench: warning: --insecure: nothing is authenticated or encrypted"
-                );
+                ));
                 Auth::insecure_plaintext()
             }
         }

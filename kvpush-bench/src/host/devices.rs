@@ -11,6 +11,7 @@ use crate::{
     cli::HostArgs,
     error::{Context, Result},
     measure::bytes_text,
+    out,
     report::compact_table,
 };
 
@@ -18,12 +19,9 @@ use crate::{
 pub(crate) fn devices(args: &HostArgs) -> Result<()> {
     let found = inventory();
     if args.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&json(&found)).context("encode the inventory")?
-        );
+        out::say(serde_json::to_string_pretty(&json(&found)).context("encode the inventory")?);
     } else {
-        print!("{}", text(&found));
+        out::say(text(&found).trim_end());
     }
     Ok(())
 }

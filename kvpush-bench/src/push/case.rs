@@ -10,7 +10,7 @@ use crate::{
     cli::Op,
     content::{Cache, Expected, Random},
     error::{Context, Error, Result},
-    fabric, measure,
+    fabric, measure, out,
     report::Row,
     signals,
     wire::{Connection, ToPusher, ToServer, Verified},
@@ -85,7 +85,7 @@ impl Session<'_> {
         let our_reason = self.args.fabric.why_no_rdma(&our_rails);
         let chosen = fabric::choose(&our_rails, &their_rails, [our_reason, their_reason])?;
         if fabric_line.as_ref() != Some(&chosen.line) {
-            println!("{}", chosen.line);
+            out::say(&chosen.line);
             *fabric_line = Some(chosen.line.clone());
         }
         if workload.op == Op::Push {
@@ -119,7 +119,7 @@ impl Session<'_> {
         self.connection.send(&ToServer::End)?;
         row.close();
         if !console::is_terminal() {
-            eprintln!("{}", row.sentence());
+            out::note(row.sentence());
         }
         Ok(row)
     }
