@@ -156,6 +156,10 @@ pub(crate) struct FabricArgs {
     /// GRH traffic class (DSCP in the upper six bits)
     #[arg(long, value_name = "CLASS")]
     pub(crate) traffic_class: Option<u8>,
+    /// Time until an RDMA device sends an unacknowledged packet again: 4.096 µs · 2^N [default: 14, 67 ms]. More for
+    /// hosts that may take longer to answer, such as emulated ones
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=31))]
+    pub(crate) ack_timeout: Option<u8>,
 }
 
 /// Where keys, values and heads of a page lie.

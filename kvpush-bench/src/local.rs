@@ -122,6 +122,7 @@ fn arguments(fabric: &FabricArgs) -> Vec<String> {
     for (name, value) in [
         ("--gid-index", fabric.gid_index),
         ("--traffic-class", fabric.traffic_class),
+        ("--ack-timeout", fabric.ack_timeout),
     ] {
         arguments.extend(
             value

@@ -1,6 +1,6 @@
 //! One workload: pools and endpoints of the prefill ranks, rounds, and the row they make.
 
-use std::{thread, time::Duration};
+use std::{io::IsTerminal, thread, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpush::Endpoint;
@@ -17,7 +17,7 @@ use crate::{
     workload::{Side, Workload},
 };
 
-/// A round that was not worth timing.
+/// The number of the round that does not count.
 const WARM_UP: u32 = 0;
 
 /// What one round measured.
@@ -48,12 +48,12 @@ pub(super) struct Round<'a> {
 }
 
 impl Session<'_> {
-    /// Runs one workload. `fabric_line` is what has been said about the fabric so far.
+    /// Runs one workload. `said` is what has been said about the fabric so far.
     pub(super) fn run_case(
         &mut self,
         workload: &Workload,
         seed: u64,
-        fabric_line: &mut Option<String>,
+        said: &mut Option<String>,
     ) -> Result<Row> {
         let ip = self.connection.local_ip()?;
         self.connection.send(&ToServer::Case {
@@ -84,9 +84,9 @@ impl Session<'_> {
             .unwrap_or_default();
         let our_reason = self.args.fabric.why_no_rdma(&our_rails);
         let chosen = fabric::choose(&our_rails, &their_rails, [our_reason, their_reason])?;
-        if fabric_line.as_ref() != Some(&chosen.line) {
+        if said.as_ref() != Some(&chosen.line) {
             out::say(&chosen.line);
-            *fabric_line = Some(chosen.line.clone());
+            *said = Some(chosen.line.clone());
         }
         if workload.op == Op::Push {
             for (cache, endpoint) in ranks.caches.iter_mut().zip(&ranks.endpoints) {
@@ -118,7 +118,7 @@ impl Session<'_> {
         bar.finish_and_clear();
         self.connection.send(&ToServer::End)?;
         row.close();
-        if !console::is_terminal() {
+        if !std::io::stderr().is_terminal() {
             out::note(row.sentence());
         }
         Ok(row)
@@ -193,7 +193,7 @@ impl Session<'_> {
         if let (Op::Read, Some(cache)) = (workload.op, ranks.caches.first()) {
             // What was read lies here.
             let (bytes, mismatch) = cache.verify(expected)?;
-            verified.bytes += bytes;
+            verified.bytes = verified.bytes.saturating_add(bytes);
             verified.failure =
                 verified
                     .failure
@@ -257,7 +257,10 @@ fn listen(
     loop {
         // Verification is silent, and takes long for many gigabytes.
         match connection.expect(timeout + SHORT)? {
-            ToPusher::Progress { layers } => bar.set_position(start + layers * bytes_per_layer),
+            ToPusher::Progress { layers } => {
+                let bytes = layers.saturating_mul(bytes_per_layer);
+                bar.set_position(start.saturating_add(bytes));
+            }
             ToPusher::Verified(verified) => return Ok(verified),
             other => return Err(unexpected(other)),
         }
@@ -276,15 +279,6 @@ fn progress(workload: &Workload, rounds: u32) -> Result<ProgressBar> {
         .with_prefix(workload.title());
     bar.tick();
     Ok(bar)
-}
-
-/// Whether people see the progress bar.
-mod console {
-    use std::io::IsTerminal;
-
-    pub(super) fn is_terminal() -> bool {
-        std::io::stderr().is_terminal()
-    }
 }
 
 impl Measured {
