@@ -48,6 +48,8 @@ macro_rules! all_cases {
             transfers::many_pushes_at_once,
             transfers::both_ways_at_once,
             transfers::futures_of_any_runtime,
+            transfers::a_session_made_ahead_is_used,
+            transfers::memory_files_are_pushed,
             inputs::wrong_grants_are_not_issued,
             inputs::wrong_pages_are_not_pushed,
             inputs::pools_that_do_not_match,

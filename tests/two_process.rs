@@ -23,6 +23,8 @@ mod mover;
 mod opening;
 #[path = "two_process/process.rs"]
 mod process;
+#[path = "two_process/races.rs"]
+mod races;
 #[path = "two_process/stopped.rs"]
 mod stopped;
 #[path = "two_process/strangers.rs"]
@@ -49,6 +51,8 @@ macro_rules! all_cases {
                 opening::a_reader_dies_while_it_is_asked
                 bystanders::of_a_stopped_writer
                 bystanders::of_a_stopped_reader
+                races::a_revocation_and_the_end
+                races::a_deadline_and_the_end
                 strangers::another_key
                 strangers::garbage_and_silence);
         })*

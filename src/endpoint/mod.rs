@@ -31,7 +31,6 @@ use std::{
 
 use parking_lot::Mutex;
 
-use self::shared::EndpointShared;
 pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
@@ -43,6 +42,10 @@ pub use self::{
     export::{LocalRegion, RemoteRegion},
     pool::{GrantOptions, Pool},
     push::{Push, PushReport},
+};
+use self::{
+    core::{Command, ConnectEntry},
+    shared::{ConnectShared, EndpointShared},
 };
 use crate::{fabric::DeviceInfo, wire::Incarnation};
 
@@ -86,6 +89,35 @@ impl Endpoint {
     /// The rails in use, best fabric first.
     pub fn rails(&self) -> impl Iterator<Item = &DeviceInfo> {
         self.owner.shared.devices.iter().map(|device| device.info())
+    }
+
+    /// Makes the session to the endpoint that listens on `address` (`host:port`) now, so that the first push to it does
+    /// not have to. Returns that endpoint's incarnation.
+    ///
+    /// # Errors
+    ///
+    /// The endpoint cannot be reached, or no lanes can be made, within
+    /// [`Builder::open_timeout`].
+    pub async fn connect(&self, address: &str) -> Result<Incarnation, PeerError> {
+        let shared = self.start_connect(address)?;
+        std::future::poll_fn(|context| shared.poll(context, Clone::clone)).await
+    }
+
+    /// Like [`Endpoint::connect`], blocking.
+    pub fn connect_blocking(&self, address: &str) -> Result<Incarnation, PeerError> {
+        self.start_connect(address)?
+            .wait(None, Clone::clone)
+            .unwrap_or(Err(PeerError::Closed))
+    }
+
+    fn start_connect(&self, address: &str) -> Result<Arc<ConnectShared>, PeerError> {
+        let shared = Arc::new(ConnectShared::new(None));
+        let entry = ConnectEntry::new(address.to_owned(), Arc::clone(&shared));
+        if self.shared().command(Command::Connect(entry)) {
+            Ok(shared)
+        } else {
+            Err(PeerError::Closed)
+        }
     }
 
     /// Shuts down now, without waiting for other handles to be dropped. Blocks until the threads have ended.

@@ -15,8 +15,8 @@ use crossbeam::channel::Sender;
 use parking_lot::Mutex;
 
 use super::{
-    AccessError, ArrivalError, EndpointError, IssueError, PushError, PushReport, config::Config,
-    core::Command, signal::Signal, wake::WakeHandle,
+    AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushReport,
+    config::Config, core::Command, signal::Signal, wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
@@ -368,6 +368,9 @@ pub(crate) struct PushShared {
     pub(crate) signal: Signal<PushPhase>,
     pub(crate) open_timeout: Option<Duration>,
 }
+
+/// What a caller sees of a session that it wants made.
+pub(crate) type ConnectShared = Signal<Option<Result<Incarnation, PeerError>>>;
 
 /// What a caller sees of a one-sided access.
 #[derive(Debug)]

@@ -272,9 +272,14 @@ pub(crate) struct Revoke {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Cancel {
     pub(crate) push: u64,
-    /// The user's own code.
+    /// [`Cancel::EXPIRED`], or 0 for any other reason.
     pub(crate) code: u16,
     pub(crate) detail: String,
+}
+
+impl Cancel {
+    /// The writer saw the grant's deadline pass. Its clock may run a little ahead of the reader's.
+    pub(crate) const EXPIRED: u16 = 1;
 }
 
 #[derive(Clone, PartialEq, Eq)]

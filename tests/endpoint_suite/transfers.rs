@@ -16,6 +16,7 @@ use kvpush::{
         presets::{Arrangement, HeadOrder, KvShape, Stacking},
         shard::{pairing, shard_heads},
     },
+    memory::{HostMemory, Memory},
 };
 
 use crate::{
@@ -421,4 +422,78 @@ pub(crate) fn futures_of_any_runtime(fabric: &Fabric) {
         });
         assert_eq!(reader.join().unwrap(), "tail");
     });
+}
+
+pub(crate) fn a_session_made_ahead_is_used(fabric: &Fabric) {
+    let (prefill, decode) = fabric.pair();
+    let address = decode.local_address().to_string();
+    assert_eq!(prefill.connect_blocking(&address), Ok(decode.incarnation()));
+    assert_eq!(
+        prefill.connect_blocking(&address),
+        Ok(decode.incarnation()),
+        "again is no harm"
+    );
+    assert_eq!(
+        block_on(prefill.connect(&address)),
+        Ok(decode.incarnation())
+    );
+    let layout = plain(2, 8);
+    let source = Cache::filled(&prefill, &layout, 1);
+    let destination = Cache::poisoned(&decode, &layout);
+    let arrival = destination.pool.grant("x", &[1, 2], LONG).unwrap();
+    push(&prefill, &source, &arrival, &[1, 2], b"");
+    arrival.complete_blocking(LONG).unwrap().unwrap();
+
+    assert!(
+        prefill
+            .connect_blocking(&prefill.local_address().to_string())
+            .is_err(),
+        "itself"
+    );
+    decode.shutdown();
+    assert!(prefill.connect_blocking(&address).is_err(), "nobody there");
+}
+
+/// Both ends in memory files, which other processes can map: what arrives is what the file shows.
+pub(crate) fn memory_files_are_pushed(fabric: &Fabric) {
+    let (prefill, decode) = fabric.pair();
+    let layout = plain(2, 8);
+    let pool = |endpoint: &Endpoint, name: &str| {
+        let memory: Vec<_> = kvpush::kv::region_lengths(&layout)
+            .unwrap()
+            .into_iter()
+            .map(|length| Arc::new(HostMemory::memfd(name, length).unwrap()))
+            .collect();
+        let shared = memory
+            .iter()
+            .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
+            .collect();
+        (
+            endpoint.register_pool(layout.clone(), shared).unwrap(),
+            memory,
+        )
+    };
+    let (source, from) = pool(&prefill, "source");
+    let (destination, to) = pool(&decode, "destination");
+    for (i, memory) in from.iter().enumerate() {
+        memory.fill(0, memory.length(), 0x40 + i as u8).unwrap();
+    }
+    let pages: Vec<u32> = (0..8).collect();
+    let arrival = destination.grant("memfd", &pages, LONG).unwrap();
+    let push = prefill
+        .push_blocking(&source, arrival.grant().clone(), LONG)
+        .unwrap();
+    push.layer(0, &pages).unwrap();
+    push.layer(1, &pages).unwrap();
+    push.finish_blocking("", LONG).unwrap().unwrap();
+    arrival.complete_blocking(LONG).unwrap().unwrap();
+    for (i, memory) in to.iter().enumerate() {
+        let file = std::fs::File::from(memory.fd().unwrap().try_clone_to_owned().unwrap());
+        let mut bytes = vec![0; memory.length() as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+        assert!(
+            bytes.iter().all(|&byte| byte == 0x40 + i as u8),
+            "region {i}"
+        );
+    }
 }

@@ -57,8 +57,13 @@ impl Actor {
     fn obey(&mut self, words: &[&str]) -> Result<String, String> {
         let number = |at: usize| words[at].parse::<u64>().expect("a number");
         match words[0] {
-            // bind NAME ADDRESS: starts the endpoint.
-            "bind" => self.bind(self.over.builder(words[1]), words[2]),
+            // bind NAME ADDRESS LANES: starts the endpoint.
+            "bind" => {
+                let builder = self.over.builder(words[1]);
+                // Few transfers, so that those that are not given back are missed.
+                let builder = builder.lanes_per_rail(number(3) as u16).max_transfers(256);
+                self.bind(builder, words[2])
+            }
             // stranger ADDRESS: starts the endpoint with another key.
             "stranger" => {
                 let builder = self.over.builder("stranger").auth(Auth::psk([8; 32]));
@@ -117,6 +122,18 @@ impl Actor {
                         std::thread::sleep(pause);
                     }
                 }));
+                Ok(String::new())
+            }
+            // whole PUSH PAGES: pushes all layers and the tail, in one go.
+            "whole" => {
+                let push = &self.pushes[&(number(1) as usize)];
+                let pages = unlist(words[2]);
+                for layer in 0..self.cache().layout.layers.len() {
+                    let pushed = push.layer(layer, &pages);
+                    pushed.map_err(|error| push_error(&error))?;
+                }
+                let finished = push.start_finish("end");
+                finished.map_err(|error| push_error(&error))?;
                 Ok(String::new())
             }
             // finish PUSH TAIL: once everything has been streamed.

@@ -15,6 +15,9 @@ const SEED: u64 = 31;
 const ROUNDS: usize = 50;
 /// Pushes that are active when one goes.
 const PUSHES: u32 = 8;
+/// Lanes to one: so many that with all that come, more completions are reserved than a queue has entries, unless they
+/// are given back.
+const LANES: u16 = 8;
 
 pub(crate) fn a_killed_writer(over: Over) {
     let mut random = Random(seed());
@@ -171,11 +174,11 @@ const ENDS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGKILL, libc::SIGABRT, lib
 
 pub(crate) fn writers_come_and_go(over: Over) {
     let mut random = Random(seed());
-    let mut decode = Peer::start(over, "decode");
+    let mut decode = Peer::start_with_lanes(over, "decode", LANES);
     decode.tell("pool 8 64 0");
     let mut before = None;
     for round in 0..ROUNDS {
-        let mut prefill = Peer::start(over, "prefill");
+        let mut prefill = Peer::start_with_lanes(over, "prefill", LANES);
         prefill.tell(format!("pool 8 64 {SEED}"));
         let arrivals: Vec<usize> = (0..PUSHES)
             .map(|push| {
@@ -208,11 +211,11 @@ pub(crate) fn writers_come_and_go(over: Over) {
 
 pub(crate) fn readers_come_and_go(over: Over) {
     let mut random = Random(seed());
-    let mut prefill = Peer::start(over, "prefill");
+    let mut prefill = Peer::start_with_lanes(over, "prefill", LANES);
     prefill.tell(format!("pool 8 64 {SEED}"));
     let mut before = None;
     for round in 0..ROUNDS {
-        let mut decode = Peer::start(over, "decode");
+        let mut decode = Peer::start_with_lanes(over, "decode", LANES);
         decode.tell("pool 8 64 0");
         let pushes: Vec<usize> = (0..PUSHES)
             .map(|push| {

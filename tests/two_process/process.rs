@@ -69,9 +69,14 @@ pub(crate) struct Peer {
 impl Peer {
     /// Starts a child with an endpoint on a free port.
     pub(crate) fn start(over: Over, name: &str) -> Self {
+        Self::start_with_lanes(over, name, 2)
+    }
+
+    /// Starts a child whose sessions have `lanes` lanes.
+    pub(crate) fn start_with_lanes(over: Over, name: &str, lanes: u16) -> Self {
         let mut peer = Self::spawn(over);
-        peer.bind(name, "127.0.0.1:0".parse().expect("an address"))
-            .expect("bind");
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        peer.bind(name, address, lanes).expect("bind");
         peer
     }
 
@@ -79,7 +84,7 @@ impl Peer {
     pub(crate) fn restart(over: Over, name: &str, address: SocketAddr) -> Self {
         let mut peer = Self::spawn(over);
         let end = Instant::now() + LONG;
-        while let Err(error) = peer.bind(name, address) {
+        while let Err(error) = peer.bind(name, address, 2) {
             // Some outgoing connection of this busy machine may have the port for a while.
             assert!(
                 Instant::now() < end && error.contains("in use"),
@@ -90,9 +95,9 @@ impl Peer {
         peer
     }
 
-    fn bind(&mut self, name: &str, address: SocketAddr) -> Result<(), String> {
+    fn bind(&mut self, name: &str, address: SocketAddr, lanes: u16) -> Result<(), String> {
         self.address = self
-            .ask(format!("bind {name} {address}"))?
+            .ask(format!("bind {name} {address} {lanes}"))?
             .parse()
             .expect("an address");
         Ok(())
@@ -120,10 +125,10 @@ impl Peer {
         // Ends when the child does.
         std::thread::spawn(move || {
             for line in output.lines().map_while(Result::ok) {
-                if let Some((_, reply)) = line.split_once(REPLY) {
-                    if sender.send(reply.to_owned()).is_err() {
-                        return;
-                    }
+                if let Some((_, reply)) = line.split_once(REPLY)
+                    && sender.send(reply.to_owned()).is_err()
+                {
+                    return;
                 }
             }
         });

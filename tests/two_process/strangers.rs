@@ -104,7 +104,7 @@ pub(crate) fn garbage_and_silence(over: Over) {
                 }
             }
         };
-        call(10);
+        call(100);
         let push = prefill
             .push_blocking(&source.pool, grant, LONG)
             .expect("open");

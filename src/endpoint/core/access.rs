@@ -12,8 +12,8 @@ use crate::{
     memory::Region,
     protocol::Time,
     wire::{
-        Digest, GoodbyeCode, Message, Nonce, OpenRegion, RefuseCode, RegionAccept, RegionKey,
-        RegionRefuse, RegionToken,
+        Digest, GoodbyeCode, Incarnation, Message, Nonce, OpenRegion, RefuseCode, RegionAccept,
+        RegionKey, RegionRefuse, RegionToken,
     },
 };
 
@@ -133,8 +133,8 @@ impl Core {
                 access.timeout,
             ),
             // The keys belong to the session that learnt them; without it they lead nowhere.
-            AccessOp::Move { .. } => match self.dialled.get(&access.token.issuer()) {
-                Some(&conn) => conn,
+            AccessOp::Move { .. } => match self.ready_session_to(access.token.issuer()) {
+                Some(conn) => conn,
                 None => {
                     let peer = access.token.addresses().join(", ");
                     let error = PeerError::NoSession { peer };
@@ -149,7 +149,7 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        if moving && session.phase == Phase::Ready {
+        if moving {
             let lane = usize::from(session.least_loaded());
             session.lanes[lane]
                 .queue
@@ -158,6 +158,11 @@ impl Core {
         } else if session.phase != Phase::Connecting {
             self.send_region_open(conn, id);
         }
+    }
+
+    fn ready_session_to(&self, issuer: Incarnation) -> Option<ConnId> {
+        let conn = *self.dialled.get(&issuer)?;
+        (self.sessions.get(&conn)?.phase == Phase::Ready).then_some(conn)
     }
 
     /// A new offer has been made: what asked for keys behind the last one asks again.

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use super::{AccessEntry, ArrivalEntry, ExportRecord, PushEntry};
+use super::{AccessEntry, ArrivalEntry, ConnectEntry, ExportRecord, PushEntry};
 use crate::{
     endpoint::{
         control::{CloseReason, ConnId},
@@ -24,6 +24,8 @@ pub(crate) enum Command {
     AddGrant(Box<ArrivalEntry>),
     /// The pages are wanted back.
     Revoke(GrantId),
+    /// A session is wanted before there is a push.
+    Connect(ConnectEntry),
     /// A push begins.
     OpenPush(Box<PushEntry>),
     /// Source pages for the positions from `first` of one layer. Checked by the caller.

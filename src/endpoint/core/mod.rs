@@ -7,7 +7,10 @@
 //! | File | What |
 //! |---|---|
 //! | `session` | lanes to one peer: made, connected, fenced |
+//! | `dial` | the dialling side of the handshake |
+//! | `connect` | sessions made ahead of the first push |
 //! | `writer` | the dialling side: open, plan, queue, finish |
+//! | `remote` | what the peer told of its pool, checked |
 //! | `pump` | from queued work to posted requests |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `access` | one-sided reads and writes of exported regions |
@@ -21,8 +24,11 @@
 
 mod access;
 mod command;
+mod connect;
+mod dial;
 mod pump;
 mod reader;
+mod remote;
 mod session;
 mod timers;
 mod writer;
@@ -35,6 +41,7 @@ use std::{collections::HashMap, sync::Arc};
 pub(crate) use self::{
     access::{AccessEntry, AccessOp, ExportRecord},
     command::{Command, Control, ControlEvent},
+    connect::ConnectEntry,
     reader::ArrivalEntry,
     writer::PushEntry,
 };
@@ -90,6 +97,7 @@ pub(crate) struct Core {
     pushes: HashMap<u64, PushEntry>,
     exports: HashMap<u32, Arc<ExportRecord>>,
     accesses: HashMap<u64, AccessEntry>,
+    connects: HashMap<ConnId, ConnectEntry>,
     next_request: u64,
     tails: Arc<TailArena>,
     timers: Timers,
@@ -130,6 +138,7 @@ impl Core {
             pushes: HashMap::new(),
             exports: HashMap::new(),
             accesses: HashMap::new(),
+            connects: HashMap::new(),
             next_request: 0,
             tails,
             timers: Timers::default(),
@@ -205,6 +214,7 @@ impl Core {
             }
             Command::AddGrant(entry) => self.add_grant(*entry),
             Command::Revoke(id) => self.revoke(id),
+            Command::Connect(entry) => self.connect(entry),
             Command::OpenPush(entry) => self.open_push(*entry),
             Command::Pages {
                 push,
@@ -348,9 +358,8 @@ impl Core {
     }
 
     fn rail_failed(&mut self, rail: usize, error: &FabricError) {
-        if matches!(error.kind, crate::fabric::FabricErrorKind::Fatal(_)) {
-            self.rails[rail].dead = true;
-        }
+        // A rail that cannot even be polled would say so again and again.
+        self.rails[rail].dead = true;
         let conns: Vec<_> = self
             .sessions
             .iter()
@@ -408,6 +417,7 @@ impl Core {
             Role::Dialler => {
                 // First, because abandoned requests would otherwise look like completed accesses.
                 self.stop_accesses(&error);
+                self.stop_connect(conn, &error);
                 self.stop_pushes(&mut session, &error);
             }
             Role::Acceptor => self.stop_arrivals(&session, &error),

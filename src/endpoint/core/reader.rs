@@ -62,6 +62,15 @@ impl ArrivalEntry {
     }
 }
 
+impl ArrivalEntry {
+    fn expired(&self) -> ArrivalError {
+        ArrivalError::Expired {
+            missing: self.parts.missing(),
+            parts: self.blocks.parts(),
+        }
+    }
+}
+
 impl Drop for ArrivalEntry {
     fn drop(&mut self) {
         // Also reached when the command that carries it is never looked at, because the driver is gone.
@@ -406,9 +415,13 @@ impl Core {
         let Some((slot, arrival)) = self.arrival_of(conn, cancel.push) else {
             return;
         };
-        let action = arrival.machine.given_up(ArrivalError::Abandoned {
-            detail: cancel.detail,
-        });
+        let failure = match cancel.code {
+            Cancel::EXPIRED => arrival.expired(),
+            _ => ArrivalError::Abandoned {
+                detail: cancel.detail,
+            },
+        };
+        let action = arrival.machine.given_up(failure);
         self.arrival_action(slot, action);
     }
 
@@ -473,10 +486,7 @@ impl Core {
                 let result = match end {
                     ArrivalEnd::Completed => Ok(()),
                     ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
-                    ArrivalEnd::Expired => Err(ArrivalError::Expired {
-                        missing: arrival.parts.missing(),
-                        parts: arrival.blocks.parts(),
-                    }),
+                    ArrivalEnd::Expired => Err(arrival.expired()),
                     ArrivalEnd::Failed(error) => Err(error),
                 };
                 if let Some((conn, push, imm_slot)) = arrival.opened

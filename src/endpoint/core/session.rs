@@ -12,7 +12,7 @@ use std::{
 use super::{
     Core,
     pump::{Current, Owner, Task},
-    writer::RemotePool,
+    remote::RemotePool,
 };
 use crate::{
     endpoint::control::ConnId,
@@ -83,12 +83,12 @@ impl Session {
 
     /// A session that this side opens, expecting `expected` to answer.
     pub(super) fn dialled(
-        expected: Incarnation,
+        expected: Option<Incarnation>,
         peer_name: String,
         untried: Vec<FabricKind>,
     ) -> Self {
         Self {
-            expected: Some(expected),
+            expected,
             untried,
             ..Self::new(Role::Dialler, peer_name)
         }
@@ -100,6 +100,17 @@ impl Session {
             peer: Some(peer),
             ..Self::new(Role::Acceptor, String::new())
         }
+    }
+
+    /// The lane with the least to do; in turn, if several have.
+    pub(super) fn least_loaded(&mut self) -> u16 {
+        let count = self.lanes.len().max(1);
+        let start = self.next_lane % count;
+        self.next_lane = start + 1;
+        (0..self.lanes.len())
+            .map(|step| (start + step) % count)
+            .min_by_key(|&lane| self.lanes[lane].backlog())
+            .unwrap_or(0) as u16
     }
 
     /// The peer for people: its own name, and its address.

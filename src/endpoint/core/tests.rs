@@ -1,4 +1,5 @@
 //! Whole cores under simulated time: every message, completion and deadline happens when the schedule says.
 
+mod hostile;
 mod schedules;
 mod world;

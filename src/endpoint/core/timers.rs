@@ -3,7 +3,7 @@
 use std::{cmp::Reverse, collections::BinaryHeap};
 
 use super::Core;
-use crate::protocol::Time;
+use crate::{endpoint::control::ConnId, protocol::Time};
 
 /// What to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,6 +11,7 @@ pub(super) enum Timer {
     Push(u64),
     Arrival(u32),
     Access(u64),
+    Connect(ConnId),
 }
 
 /// The timers of a core.
@@ -44,6 +45,7 @@ impl Core {
                 Timer::Push(id) => self.push_timer(id),
                 Timer::Arrival(slot) => self.arrival_timer(slot),
                 Timer::Access(id) => self.access_timer(id),
+                Timer::Connect(conn) => self.connect_timer(conn),
             }
         }
         active

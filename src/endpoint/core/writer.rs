@@ -5,7 +5,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use super::{
     Core,
     pump::{Current, Task},
-    session::{Phase, Role, Session},
+    remote::{RemotePool, Target, prepare},
+    session::{Phase, Session},
     timers::Timer,
 };
 use crate::{
@@ -14,67 +15,14 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::{FabricKind, LocalKey, RemoteKey},
-    kv::{KvLayout, PlanError, PlanLimits, Planner, Side},
+    fabric::LocalKey,
+    kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
-        Accept, Cancel, Credits, GoodbyeCode, Grant, Hello, HelloAck, HelloReject, Imm, LaneOffer,
-        Message, Open, PoolDescriptor, RailOffer, Refuse, Revoke, RevokeReason,
+        Accept, Cancel, Credits, GoodbyeCode, Grant, Imm, Message, Open, Refuse, Revoke,
+        RevokeReason,
     },
 };
-
-/// Where a region of the peer is, through one of its rails.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Target {
-    pub(super) address: u64,
-    pub(super) key: RemoteKey,
-}
-
-/// A pool of the peer, checked.
-#[derive(Debug)]
-pub(super) struct RemotePool {
-    layout: KvLayout,
-    /// By the peer's rail: one target for each region.
-    targets: HashMap<u8, Arc<[Target]>>,
-}
-
-impl RemotePool {
-    /// Checks what the peer told: the layout must lie in the regions, and each rail must reach all of them.
-    fn new(descriptor: PoolDescriptor) -> Result<Self, PlanError> {
-        let lengths: Vec<u64> = descriptor
-            .regions
-            .iter()
-            .map(|region| region.length)
-            .collect();
-        descriptor
-            .layout
-            .validate(&lengths)
-            .map_err(|error| PlanError::Layout {
-                side: Side::Destination,
-                error,
-            })?;
-        let mut targets: HashMap<u8, Vec<Target>> = HashMap::new();
-        for region in &descriptor.regions {
-            for key in &region.keys {
-                let target = Target {
-                    address: key.address,
-                    key: key.rkey,
-                };
-                targets.entry(key.rail).or_default().push(target);
-            }
-        }
-        // A rail that lacks a region could not tell which of its keys is whose.
-        targets.retain(|_, list| list.len() == lengths.len());
-        let targets = targets
-            .into_iter()
-            .map(|(rail, list)| (rail, list.into()))
-            .collect();
-        Ok(Self {
-            layout: descriptor.layout,
-            targets,
-        })
-    }
-}
 
 /// One push.
 pub(crate) struct PushEntry {
@@ -87,15 +35,15 @@ pub(crate) struct PushEntry {
     pub(super) planner: Option<Arc<Planner>>,
     pub(super) requests: u64,
     pub(super) bytes: u64,
-    remote: Option<Arc<RemotePool>>,
-    conn: Option<ConnId>,
-    slot: u16,
-    blocks: Option<Blocks>,
+    pub(super) remote: Option<Arc<RemotePool>>,
+    pub(super) conn: Option<ConnId>,
+    pub(super) slot: u16,
+    pub(super) blocks: Option<Blocks>,
     /// Pages not handed over yet, of each part.
-    remaining: Vec<u32>,
+    pub(super) remaining: Vec<u32>,
     /// The lane of each part, once it has one.
-    lane_of: Vec<Option<u16>>,
-    tail_targets: HashMap<u8, Target>,
+    pub(super) lane_of: Vec<Option<u16>>,
+    pub(super) tail_targets: HashMap<u8, Target>,
     tail_bytes: u32,
     opened: Time,
 }
@@ -193,130 +141,7 @@ impl Core {
         }
     }
 
-    /// The session to `incarnation`, dialled if there is none.
-    pub(super) fn session_to(
-        &mut self,
-        incarnation: crate::Incarnation,
-        addresses: &[String],
-        timeout: Duration,
-    ) -> ConnId {
-        if let Some(&conn) = self.dialled.get(&incarnation) {
-            return conn;
-        }
-        let conn = self.allocate_conn();
-        let mut kinds: Vec<FabricKind> = self.rails.iter().map(|rail| rail.kind).collect();
-        kinds.sort_unstable();
-        kinds.dedup();
-        let session = Session::dialled(incarnation, addresses.join(", "), kinds);
-        self.sessions.insert(conn, session);
-        self.dialled.insert(incarnation, conn);
-        self.control.connect(conn, addresses.to_vec(), timeout);
-        conn
-    }
-
-    /// The control connection stands.
-    pub(super) fn connected(&mut self, conn: ConnId, peer: std::net::SocketAddr) {
-        let Some(session) = self.sessions.get_mut(&conn) else {
-            return;
-        };
-        session.peer = Some(peer);
-        session.peer_name.clear();
-        self.offer(conn);
-    }
-
-    /// Offers lanes of the best fabric that has not been tried.
-    fn offer(&mut self, conn: ConnId) {
-        let mut failures = Vec::new();
-        loop {
-            let Some(session) = self.sessions.get_mut(&conn) else {
-                return;
-            };
-            let peer = session.name();
-            let Some(kind) = session.untried.pop() else {
-                let detail = if failures.is_empty() {
-                    "no fabric in common".to_owned()
-                } else {
-                    failures.join("; ")
-                };
-                let error = PeerError::Rejected {
-                    peer,
-                    code: crate::RejectCode::NoCommonFabric,
-                    detail,
-                };
-                self.end_session(conn, error, Some((GoodbyeCode::Error, "no usable fabric")));
-                return;
-            };
-            match self.offer_kind(conn, kind) {
-                Ok(()) => return,
-                Err(error) => {
-                    tracing::warn!(peer, fabric = %kind, %error, "no lanes over this fabric");
-                    failures.push(error.to_string());
-                }
-            }
-        }
-    }
-
-    fn offer_kind(
-        &mut self,
-        conn: ConnId,
-        kind: FabricKind,
-    ) -> Result<(), crate::fabric::FabricError> {
-        let rails = self.rails_of(kind);
-        let mut lanes = Vec::new();
-        let mut offers = Vec::new();
-        for &rail in &rails {
-            for _ in 0..self.config.lanes_per_rail {
-                let remote_rail = rails.iter().position(|&r| r == rail).unwrap_or(0) as u8;
-                match self.create_lane(Role::Dialler, rail, remote_rail) {
-                    Ok((lane, address)) => {
-                        lanes.push(lane);
-                        offers.push(LaneOffer {
-                            rail: rail as u8,
-                            remote_rail,
-                            address,
-                        });
-                    }
-                    Err(error) => {
-                        self.destroy_lanes(&mut lanes);
-                        return Err(error);
-                    }
-                }
-            }
-        }
-        let rails = rails
-            .iter()
-            .map(|&rail| {
-                let info = self.rails[rail].device.info();
-                RailOffer {
-                    rail: rail as u8,
-                    speed_bits: info.bits_per_second,
-                    address: info.address.chars().take(64).collect(),
-                }
-            })
-            .collect();
-        self.adopt_lanes(conn, lanes);
-        let hello = Hello {
-            incarnation: self.incarnation,
-            name: self.config.name.clone(),
-            fabric: kind,
-            supported: self.supported(),
-            rails,
-            lanes: offers,
-        };
-        self.send(conn, &Message::Hello(hello));
-        let Some(session) = self.sessions.get_mut(&conn) else {
-            return Ok(());
-        };
-        session.phase = Phase::Offered;
-        let pushes: Vec<u64> = session.pushes.iter().copied().collect();
-        for push in pushes {
-            self.send_open(conn, push);
-        }
-        self.resend_region_opens(conn);
-        Ok(())
-    }
-
-    fn send_open(&mut self, conn: ConnId, id: u64) {
+    pub(super) fn send_open(&mut self, conn: ConnId, id: u64) {
         let Some(push) = self.pushes.get(&id) else {
             return;
         };
@@ -332,92 +157,6 @@ impl Core {
             want_pool: !session.remote_pools.contains_key(&push.grant.pool()),
         };
         self.send(conn, &Message::Open(open));
-    }
-
-    /// The peer has connected its lanes; now ours.
-    pub(super) fn hello_ack(&mut self, conn: ConnId, ack: HelloAck) {
-        let Some(session) = self.sessions.get_mut(&conn) else {
-            return;
-        };
-        if session.phase != Phase::Offered || ack.lanes.len() != session.lanes.len() {
-            self.violation(
-                conn,
-                "an answer to no offer, or with another number of lanes",
-            );
-            return;
-        }
-        session.peer_name = ack.name;
-        let peer = session.name();
-        let Some(address) = session.peer else { return };
-        if let Some(expected) = session
-            .expected
-            .filter(|&expected| expected != ack.incarnation)
-        {
-            let error = PeerError::Restarted {
-                peer,
-                found: ack.incarnation,
-                expected,
-            };
-            self.end_session(
-                conn,
-                error,
-                Some((GoodbyeCode::Error, "you have restarted")),
-            );
-            return;
-        }
-        for (lane, answer) in session.lanes.iter_mut().zip(&ack.lanes) {
-            lane.remote_rail = answer.rail;
-            lane.peer_receives = ack.receives_per_lane;
-            lane.send =
-                crate::protocol::SendCredits::new(lane.config.send_depth, ack.receives_per_lane);
-            let context = &mut self.rails[lane.rail].context;
-            if let Err(source) = context.connect_lane(lane.id, &answer.address, address.ip(), true)
-            {
-                let error = PeerError::Fabric {
-                    peer,
-                    source: source.into(),
-                };
-                self.end_session(
-                    conn,
-                    error,
-                    Some((GoodbyeCode::Error, "lanes do not connect")),
-                );
-                return;
-            }
-        }
-        session.phase = Phase::Ready;
-    }
-
-    /// The peer does not want these lanes: try the next fabric that it has.
-    pub(super) fn hello_reject(&mut self, conn: ConnId, reject: HelloReject) {
-        let Some(session) = self.sessions.get_mut(&conn) else {
-            return;
-        };
-        if session.phase != Phase::Offered {
-            self.violation(conn, "a refusal of no offer");
-            return;
-        }
-        session
-            .untried
-            .retain(|&kind| reject.supported & kind as u8 != 0);
-        let mut lanes = std::mem::take(&mut session.lanes);
-        let may_retry = matches!(
-            reject.code,
-            crate::RejectCode::NoCommonFabric | crate::RejectCode::LaneSetup
-        ) && !session.untried.is_empty();
-        let peer = session.name();
-        self.destroy_lanes(&mut lanes);
-        if may_retry {
-            tracing::info!(peer, code = %reject.code, detail = reject.detail, "next fabric");
-            self.offer(conn);
-        } else {
-            let error = PeerError::Rejected {
-                peer,
-                code: reject.code,
-                detail: reject.detail,
-            };
-            self.end_session(conn, error, None);
-        }
     }
 
     /// The reader says where to write.
@@ -470,7 +209,15 @@ impl Core {
     }
 
     /// The reader does not take this grant.
-    pub(super) fn refused(&mut self, _conn: ConnId, refuse: Refuse) {
+    pub(super) fn refused(&mut self, conn: ConnId, refuse: Refuse) {
+        // The number is the peer's word: it may name a push to somebody else.
+        if !self
+            .pushes
+            .get(&refuse.push)
+            .is_some_and(|push| push.conn == Some(conn))
+        {
+            return;
+        }
         let error = PushError::Refused {
             code: refuse.code,
             detail: refuse.detail,
@@ -667,23 +414,14 @@ impl Core {
     }
 
     fn tell_ended(&mut self, conn: ConnId, push: u64, end: &PushEnd<PushError>) {
+        let cancel = |code, detail: String| Message::Cancel(Cancel { push, code, detail });
         let message = match end {
             PushEnd::Revoked(_) => Message::Drained { push },
-            PushEnd::Failed(error) => Message::Cancel(Cancel {
-                push,
-                code: 0,
-                detail: error.to_string(),
-            }),
-            PushEnd::Expired => Message::Cancel(Cancel {
-                push,
-                code: 0,
-                detail: "deadline".into(),
-            }),
-            _ => Message::Cancel(Cancel {
-                push,
-                code: 0,
-                detail: "cancelled by the writer".into(),
-            }),
+            PushEnd::Failed(error) => cancel(0, error.to_string()),
+            PushEnd::Expired => cancel(Cancel::EXPIRED, "the deadline has passed".to_owned()),
+            PushEnd::Cancelled | PushEnd::Completed => {
+                cancel(0, "cancelled by the writer".to_owned())
+            }
         };
         if self.sessions.contains_key(&conn) {
             self.send(conn, &message);
@@ -696,7 +434,11 @@ impl Core {
             return;
         };
         session.pushes.remove(&push);
-        if session.phase != Phase::Ready && session.pushes.is_empty() && !self.has_accesses(conn) {
+        if session.phase != Phase::Ready
+            && session.pushes.is_empty()
+            && !self.has_accesses(conn)
+            && !self.connects.contains_key(&conn)
+        {
             self.end_session(conn, PeerError::Closed, None);
         }
     }
@@ -738,125 +480,4 @@ impl Core {
             self.stop_push(id, PushEnd::Failed(PushError::Peer(PeerError::Closed)));
         }
     }
-}
-
-impl Session {
-    /// The lane with the least to do; in turn, if several have.
-    pub(super) fn least_loaded(&mut self) -> u16 {
-        let count = self.lanes.len().max(1);
-        let start = self.next_lane % count;
-        self.next_lane = start + 1;
-        (0..self.lanes.len())
-            .map(|step| (start + step) % count)
-            .min_by_key(|&lane| self.lanes[lane].backlog())
-            .unwrap_or(0) as u16
-    }
-}
-
-/// Makes an accepted push ready to plan.
-fn prepare(
-    session: &mut Session,
-    push: &mut PushEntry,
-    accept: &Accept,
-    descriptor: Option<PoolDescriptor>,
-    config: &crate::endpoint::config::Config,
-    rails: &[super::Rail],
-) -> Result<(), PushError> {
-    let protocol = |detail: &str| {
-        PushError::Peer(PeerError::Protocol {
-            peer: session.name(),
-            detail: detail.to_owned(),
-        })
-    };
-    let pool = push.grant.pool();
-    let remote = match descriptor {
-        Some(descriptor) if descriptor.pool == pool => Arc::new(RemotePool::new(descriptor)?),
-        Some(_) => return Err(protocol("the description of another pool")),
-        None => session
-            .remote_pools
-            .get(&pool)
-            .cloned()
-            .ok_or_else(|| protocol("no description of the pool"))?,
-    };
-    if session
-        .lanes
-        .iter()
-        .any(|lane| !remote.targets.contains_key(&lane.remote_rail))
-    {
-        return Err(protocol("a rail without keys"));
-    }
-    let layout = &push.source.record.layout;
-    let limits = PlanLimits {
-        max_sge: session
-            .lanes
-            .iter()
-            .map(|lane| lane.config.max_sge)
-            .min()
-            .unwrap_or(1),
-        max_write: session
-            .lanes
-            .iter()
-            .map(|lane| rails[lane.rail].device.info().caps.max_message)
-            .fold(u64::from(config.max_write), u64::min)
-            .clamp(1, u32::MAX.into()) as u32,
-    };
-    let planner = push.source.record.planner(
-        push.grant.issuer(),
-        pool,
-        push.grant.heads(),
-        limits,
-        || Planner::new(layout, &remote.layout, push.grant.heads(), limits),
-    )?;
-    let pages = push.grant.pages();
-    if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
-        let error = PlanError::PageOutOfRange {
-            side: Side::Destination,
-            page,
-            pages: remote.layout.pages,
-        };
-        return Err(error.into());
-    }
-    let blocks = u32::try_from(pages.len())
-        .ok()
-        .and_then(|count| Blocks::new(planner.layers(), count, push.grant.parts_per_layer()))
-        .ok_or_else(|| protocol("a grant that cannot be counted"))?;
-    if Imm::new(accept.slot, blocks.tail()).is_none() {
-        return Err(protocol("a slot beyond the immediate"));
-    }
-    let mut remaining = vec![0; blocks.parts() as usize];
-    for layer in 0..blocks.layers() {
-        for block in 0..blocks.per_layer() {
-            let (first, end) = blocks.positions(block);
-            remaining[blocks.part(layer, block) as usize] = end - first;
-        }
-    }
-    push.lane_of = vec![None; remaining.len()];
-    push.remaining = remaining;
-    push.tail_targets = accept
-        .tail
-        .keys
-        .iter()
-        .map(|&(rail, key)| {
-            (
-                rail,
-                Target {
-                    address: accept.tail.address,
-                    key,
-                },
-            )
-        })
-        .collect();
-    if session
-        .lanes
-        .iter()
-        .any(|lane| !push.tail_targets.contains_key(&lane.remote_rail))
-    {
-        return Err(protocol("a rail without a key for the tail"));
-    }
-    push.slot = accept.slot;
-    push.blocks = Some(blocks);
-    push.planner = Some(planner);
-    push.remote = Some(Arc::clone(&remote));
-    session.remote_pools.insert(pool, remote);
-    Ok(())
 }

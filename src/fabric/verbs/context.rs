@@ -1,25 +1,19 @@
 //! The data path of a rail: completion queue, lanes, receives.
 //!
-//! One thread owns a context. Nothing blocks; creating, connecting, fencing and destroying lanes make system calls,
+//! One thread owns a context. Nothing waits for a peer; creating, connecting (which on RoCE resolves the peer's MAC
+//! address in the kernel, and takes a second or so if nobody answers), fencing and destroying lanes make system calls,
 //! posting and polling do not (except on soft-RoCE, whose doorbell is one).
-//!
-//! # Fencing
-//!
-//! After [`Context::fence_lane`] no write of the peer may land. The queue pair is first moved to the error state,
-//! where packets that arrive are discarded (InfiniBand Architecture Specification, vol. 1, 10.3.1), and then
-//! destroyed. The first alone is not enough: it says nothing about a packet whose payload is being placed at that
-//! moment, and soft-RoCE really does return from `ibv_modify_qp(3)` while its responder may still be copying. Destroying
-//! a queue pair returns only when the device has let go of it: hardware has finished its transactions (10.2.4.4), and
-//! soft-RoCE waits for its tasks. What the device has not reported until then, the lane reports itself as flushed, in
-//! order; until it is destroyed it stays as a tombstone that flushes what is posted.
 //!
 //! # Shared receive queue
 //!
 //! All lanes of a context may draw from one queue of receives. Each lane's share is still bounded: it counts the
 //! receives promised to it, and a peer that takes more than its share has its lane failed and what it took replaced.
-//! Invariant: the queue holds at least as many receives as are promised in total, or is full. So a refusal for want of room is no error, and
-//! receives of a lane that went need not be taken back. A failed queue pair with a shared queue gets no flushed
-//! receives from the device; the lane reports them itself.
+//! Invariant: the queue holds at least as many receives as are promised in total, or is full. So a refusal for want of
+//! room is no error, and receives of a lane that went need not be taken back. A failed queue pair with a shared queue
+//! gets no flushed receives from the device; the lane reports them itself.
+
+mod fence;
+mod progress;
 
 use std::{collections::VecDeque, net::IpAddr, os::fd::RawFd, ptr, sync::Arc};
 
@@ -30,15 +24,12 @@ use crate::fabric::{
 
 use super::{
     address::VerbsAddress,
+    attributes::{Path, init_attributes, modify, random_psn, rtr_attributes, rts_attributes},
     device::VerbsDevice,
     error::Place,
-    events::{Completions, Event, next_event},
-    lane::{
-        Lane, LaneState, Outstanding, Path, WrId, error_attributes, init_attributes, modify,
-        random_psn, rtr_attributes, rts_attributes,
-    },
-    link::PortState,
-    poll::{BATCH, WorkCompletion},
+    events::Completions,
+    lane::{Lane, LaneState, Outstanding},
+    poll::BATCH,
     post::{Limits, Poster, ReceiveQueue},
     sys::{self, Zeroable as _},
 };
@@ -247,265 +238,6 @@ impl VerbsContext {
         lane.receives += posted;
         Ok(())
     }
-
-    /// Takes one batch off the completion queue and says how many it was.
-    fn poll_device(&mut self, out: &mut impl Extend<Completion>) -> Result<usize, FabricError> {
-        let Some(completions) = &self.completions else {
-            return Ok(0);
-        };
-        // SAFETY: the completion queue is live.
-        let count = match unsafe { sys::ibv_poll_cq(completions.cq(), &mut self.batch[..]) } {
-            Ok(count) => count,
-            Err(errno) => {
-                let what = format!("the completion queue is broken: {errno}");
-                self.fatal = Some(what.clone());
-                return Err(self
-                    .place()
-                    .error("ibv_poll_cq", FabricErrorKind::Fatal(what)));
-            }
-        };
-        for index in 0..count {
-            let Some(wc) = self.batch.get(index).map(WorkCompletion::read) else {
-                break;
-            };
-            out.extend(self.translate(wc));
-        }
-        self.replace_overdrawn()?;
-        Ok(count)
-    }
-
-    /// Puts back what lanes took from the shared queue beyond their share, so that it is not the others' loss.
-    fn replace_overdrawn(&mut self) -> Result<(), FabricError> {
-        let count = std::mem::take(&mut self.overdrawn);
-        let (Some(shared), 1..) = (&self.srq, count) else {
-            return Ok(());
-        };
-        match self
-            .poster
-            .post_receives(ReceiveQueue::Shared(shared.srq), count)
-            .1
-        {
-            Ok(()) | Err(libc::ENOMEM) => Ok(()),
-            Err(errno) => Err(self.place().os("ibv_post_srq_recv", errno)),
-        }
-    }
-
-    /// Accounts for one work completion. `None` if its lane is gone.
-    fn translate(&mut self, wc: WorkCompletion) -> Option<Completion> {
-        let named = match wc.id {
-            WrId::Send { lane, .. } | WrId::Receive { lane: Some(lane) } => Some(lane),
-            WrId::Receive { lane: None } => self
-                .numbers
-                .binary_search_by_key(&wc.qpn, |(number, _)| *number)
-                .ok()
-                .and_then(|found| self.numbers.get(found))
-                .map(|(_, lane)| *lane),
-        };
-        let index = self.index(named?)?;
-        let lane = self.lanes.get_mut(index)?;
-        let mut status = wc.status;
-        let kind = match wc.id {
-            WrId::Send { sequence, .. } => CompletionKind::Sent {
-                id: lane.sent.retire(sequence)?,
-            },
-            WrId::Receive { .. } => {
-                // After the lane has reported its receives as flushed there is none left to complete.
-                let Some(left) = lane.receives.checked_sub(1) else {
-                    self.overdrawn += 1;
-                    if lane.state == LaneState::Connected {
-                        tracing::warn!(lane = %lane.id, "the peer sent more immediates than it was allowed");
-                        self.failing.push(lane.id);
-                    }
-                    return None;
-                };
-                lane.receives = left;
-                if status == Status::Success && wc.imm.is_none() {
-                    // A plain send, which no peer of ours posts.
-                    status = Status::Other(sys::IBV_WC_GENERAL_ERR);
-                }
-                CompletionKind::Received {
-                    imm: wc.imm.unwrap_or(0),
-                }
-            }
-        };
-        if status != Status::Success && lane.state == LaneState::Connected {
-            self.failing.push(lane.id);
-        }
-        Some(Completion {
-            lane: lane.id,
-            kind,
-            status,
-            vendor_error: wc.vendor_error,
-        })
-    }
-
-    /// Finishes off the lanes that the last batch showed to have failed.
-    fn settle_failures(&mut self) -> Result<(), FabricError> {
-        while let Some(id) = self.failing.pop() {
-            self.fail_lane(id)?;
-        }
-        Ok(())
-    }
-
-    /// Moves a lane to the error state, so that everything outstanding flushes.
-    fn fail_lane(&mut self, id: LaneId) -> Result<(), FabricError> {
-        let Some(lane) = self.index(id).and_then(|index| self.lanes.get_mut(index)) else {
-            return Ok(());
-        };
-        if matches!(lane.state, LaneState::Failed | LaneState::Fenced) {
-            return Ok(());
-        }
-        lane.state = LaneState::Failed;
-        let (qp, qpn) = (lane.qp, lane.qpn);
-        tracing::debug!(lane = %id, qpn, device = %self.place().device, "lane failed");
-        // SAFETY: a lane that is not fenced has a live queue pair.
-        let moved = unsafe {
-            modify(
-                self.device.lib(),
-                qp,
-                error_attributes(),
-                "ibv_modify_qp(ERR)",
-                self.place(),
-            )
-        };
-        if let Err(error) = moved {
-            // Then the device is in trouble, and fencing will tell.
-            tracing::warn!(%error, "a failed lane does not go to the error state");
-        }
-        if self.srq.is_some() {
-            self.drain_to_stash()?;
-            self.flush_receives(id);
-        }
-        Ok(())
-    }
-
-    /// Takes everything off the completion queue. Completions of lanes that fail meanwhile stay in `failing`.
-    fn drain_to_stash(&mut self) -> Result<(), FabricError> {
-        let mut stash = std::mem::take(&mut self.stash);
-        let mut result = Ok(());
-        // Bounded, should a device produce completions as fast as they are taken.
-        for _ in 0..4096 {
-            match self.poll_device(&mut stash) {
-                Ok(BATCH) => {}
-                Ok(_) => break,
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
-            }
-        }
-        self.stash = stash;
-        result
-    }
-
-    /// Reports all receives still posted to a lane as flushed.
-    fn flush_receives(&mut self, id: LaneId) {
-        let Some(lane) = self.index(id).and_then(|index| self.lanes.get_mut(index)) else {
-            return;
-        };
-        let flushed = Completion {
-            lane: id,
-            kind: CompletionKind::Received { imm: 0 },
-            status: Status::Flushed,
-            vendor_error: 0,
-        };
-        let count = std::mem::take(&mut lane.receives) as usize;
-        self.stash.extend(std::iter::repeat_n(flushed, count));
-    }
-
-    /// Reports all requests still posted to a lane as flushed, oldest first.
-    fn flush_sends(&mut self, id: LaneId) {
-        let Some(lane) = self.index(id).and_then(|index| self.lanes.get_mut(index)) else {
-            return;
-        };
-        while let Some(request) = lane.sent.pop() {
-            self.stash.push_back(Completion {
-                lane: id,
-                kind: CompletionKind::Sent { id: request },
-                status: Status::Flushed,
-                vendor_error: 0,
-            });
-        }
-    }
-
-    /// Handles asynchronous events.
-    fn handle_events(&mut self) -> Result<(), FabricError> {
-        // Bounded, should events come as fast as they are taken.
-        for _ in 0..256 {
-            match next_event(&self.device)? {
-                None => break,
-                Some(Event::Lane(qp, what)) => {
-                    let found = self.lanes.iter().find(|lane| lane.qp == qp);
-                    if let Some(id) = found.map(|lane| lane.id) {
-                        tracing::debug!(lane = %id, what, "queue pair event");
-                        self.fail_lane(id)?;
-                    }
-                }
-                Some(Event::Port(port)) if port == i32::from(self.place().port) => {
-                    let before = self.device.port_state();
-                    self.device.refresh_port();
-                    let after = self.device.port_state();
-                    if before != after && after != PortState::Active {
-                        let device = &self.place().device;
-                        tracing::warn!(%device, port, state = %after, "the port is no longer active");
-                    }
-                }
-                Some(Event::Fatal(what)) => {
-                    tracing::error!(device = %self.place().device, what, "device failed");
-                    self.fatal = Some(what.to_owned());
-                }
-                Some(Event::Port(_) | Event::Other) => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends the queue pair of the lane at `index`; see the module's documentation.
-    fn fence(&mut self, index: usize) -> Result<(), FabricError> {
-        let Some(lane) = self.lanes.get_mut(index) else {
-            return Ok(());
-        };
-        if lane.state == LaneState::Fenced {
-            return Ok(());
-        }
-        let (id, qp, qpn) = (lane.id, lane.qp, lane.qpn);
-        if lane.state != LaneState::Failed {
-            lane.state = LaneState::Failed;
-            // SAFETY: a lane that is not fenced has a live queue pair.
-            let moved = unsafe {
-                modify(
-                    self.device.lib(),
-                    qp,
-                    error_attributes(),
-                    "ibv_modify_qp(ERR)",
-                    self.place(),
-                )
-            };
-            if let Err(error) = moved {
-                // Destroying it does the same and more.
-                tracing::debug!(%error, "fence");
-            }
-        }
-        // What has succeeded is reported as that: some drivers drop a queue pair's completions along with it.
-        let drained = self.drain_to_stash();
-        // SAFETY: as above; the lane forgets it below.
-        unsafe { self.device.lib().destroy_qp(qp) }
-            .map_err(|errno| self.place().os("ibv_destroy_qp", errno.code()))?;
-        // And some do not; they must be out of the queue before the number is used again.
-        let drained = drained.and_then(|()| self.drain_to_stash());
-        self.flush_sends(id);
-        self.flush_receives(id);
-        self.numbers.retain(|(number, _)| *number != qpn);
-        if let Some(lane) = self.lanes.get_mut(index) {
-            lane.state = LaneState::Fenced;
-            lane.qp = ptr::null_mut();
-        }
-        // A broken completion queue is for the next poll to report: the lane itself is fenced.
-        if let Err(error) = drained {
-            tracing::warn!(%error, "fence");
-        }
-        self.settle_failures()
-    }
 }
 
 impl Context for VerbsContext {
@@ -555,6 +287,7 @@ impl Context for VerbsContext {
         let qpn = unsafe { (*qp).qp_num };
         let id = LaneId(self.next_lane);
         self.next_lane += 1;
+        let address = self.device.lane_address(qpn, psn);
         let index = self.lanes.len();
         self.lanes.push(Lane {
             id,
@@ -562,7 +295,8 @@ impl Context for VerbsContext {
             config: *config,
             qp,
             qpn,
-            psn,
+            address,
+            gid_index: self.device.gid_index(),
             sent: Outstanding::new(config.send_depth),
             receives: 0,
         });
@@ -572,7 +306,7 @@ impl Context for VerbsContext {
         {
             Ok(at) | Err(at) => self.numbers.insert(at, (qpn, id)),
         }
-        let address = LaneAddress::new(self.device.lane_address(qpn, psn).encode());
+        let address = LaneAddress::new(address.encode());
         let posted = self.replenish(index, config.receive_depth);
         match (posted, address) {
             (Ok(()), Some(address)) => Ok((id, address)),
@@ -609,20 +343,23 @@ impl Context for VerbsContext {
         }
         let bad = |what| place.error(CALL, FabricErrorKind::BadAddress(what));
         let theirs = VerbsAddress::decode(remote).map_err(bad)?;
-        let ours = self.device.lane_address(lane.qpn, lane.psn);
+        let ours = lane.address;
         let path = Path {
             config: self.device.config(),
-            gid_index: self.device.gid_index(),
+            gid_index: lane.gid_index,
             max_initiated_reads: self.device.reads().1,
             most_retries: self.device.most_retries(),
         };
         let rtr = rtr_attributes(&ours, &theirs, path).map_err(bad)?;
         let rts = rts_attributes(&ours, &theirs, path);
-        let lib = self.device.lib();
-        // SAFETY: a lane in this state has a live queue pair.
-        unsafe {
-            modify(lib, lane.qp, rtr, "ibv_modify_qp(RTR)", place)?;
-            modify(lib, lane.qp, rts, "ibv_modify_qp(RTS)", place)?;
+        let (id, qp, lib) = (lane.id, lane.qp, self.device.lib());
+        // SAFETY: a lane in this state has a live queue pair. If this fails it stays in INIT, and may be tried again.
+        unsafe { modify(lib, qp, rtr, "ibv_modify_qp(RTR)", place)? };
+        // SAFETY: as above.
+        if let Err(error) = unsafe { modify(lib, qp, rts, "ibv_modify_qp(RTS)", place) } {
+            // Half connected is of no use.
+            self.fail_lane(id)?;
+            return Err(error);
         }
         lane.state = LaneState::Connected;
         Ok(())

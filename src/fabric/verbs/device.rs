@@ -33,96 +33,17 @@ use super::{
     gid::{Gid, GidEntry, GidType, choose_gid},
     inventory::{self, library, read_device, read_port},
     link::{LinkLayer, Mtu, PortState},
+    objects::{Opened, ProtectionDomain},
     sys::{self, Zeroable as _},
 };
 
 /// Reads a queue pair may have under way; more gains nothing and costs responder resources.
 const MOST_READS: u32 = 16;
 
-/// An open device (`ibv_context`), closed on drop.
-pub(super) struct Opened {
-    lib: &'static sys::Verbs,
-    raw: *mut sys::ibv_context,
-}
-
-// SAFETY: libibverbs allows every thread to use a device; only closing must be last, and that is on drop.
-unsafe impl Send for Opened {}
-// SAFETY: as above.
-unsafe impl Sync for Opened {}
-
-impl Opened {
-    /// `ibv_open_device(3)`.
-    pub(super) fn open(
-        lib: &'static sys::Verbs,
-        device: *mut sys::ibv_device,
-    ) -> Result<Self, i32> {
-        // SAFETY: the caller took `device` from a list that is still alive.
-        match unsafe { lib.open_device(device) } {
-            Ok(raw) => Ok(Self { lib, raw }),
-            Err(errno) => Err(errno.code()),
-        }
-    }
-
-    pub(super) fn lib(&self) -> &'static sys::Verbs {
-        self.lib
-    }
-
-    pub(super) fn raw(&self) -> *mut sys::ibv_context {
-        self.raw
-    }
-}
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        // SAFETY: the device is open, and every object on it holds it open, so none is left.
-        if let Err(errno) = unsafe { self.lib.close_device(self.raw) } {
-            tracing::warn!(%errno, "ibv_close_device");
-        }
-    }
-}
-
-/// A protection domain, freed on drop, before its device is closed.
-pub(super) struct ProtectionDomain {
-    raw: *mut sys::ibv_pd,
-    opened: Arc<Opened>,
-}
-
-// SAFETY: as for `Opened`.
-unsafe impl Send for ProtectionDomain {}
-// SAFETY: as for `Opened`.
-unsafe impl Sync for ProtectionDomain {}
-
-impl ProtectionDomain {
-    pub(super) fn new(opened: Arc<Opened>) -> Result<Self, i32> {
-        // SAFETY: the device is open.
-        match unsafe { opened.lib().alloc_pd(opened.raw()) } {
-            Ok(raw) => Ok(Self { raw, opened }),
-            Err(errno) => Err(errno.code()),
-        }
-    }
-
-    pub(super) fn raw(&self) -> *mut sys::ibv_pd {
-        self.raw
-    }
-
-    pub(super) fn opened(&self) -> &Opened {
-        &self.opened
-    }
-}
-
-impl Drop for ProtectionDomain {
-    fn drop(&mut self) {
-        // SAFETY: the domain is live, and whoever made objects in it holds it.
-        if let Err(errno) = unsafe { self.opened.lib().dealloc_pd(self.raw) } {
-            tracing::warn!(%errno, "ibv_dealloc_pd");
-        }
-    }
-}
-
 /// A registered memory region.
 struct MemoryRegion(*mut sys::ibv_mr);
 
-// SAFETY: as for `Opened`.
+// SAFETY: libibverbs objects may be used by any thread.
 unsafe impl Send for MemoryRegion {}
 
 /// What of a port can change while it is open.
@@ -287,7 +208,11 @@ impl VerbsDevice {
         let limits = facts.caps;
         let caps = Capabilities {
             max_send_depth: limits.max_qp_wr,
-            max_receive_depth: limits.max_qp_wr,
+            max_receive_depth: if config.shared_receive_queue && limits.shared_receive_queue() {
+                limits.max_qp_wr.min(limits.max_srq_wr)
+            } else {
+                limits.max_qp_wr
+            },
             max_completions: limits.max_cqe,
             max_sge: limits.max_sge,
             max_inline: probe_inline(&domain, limits.max_sge),
@@ -391,7 +316,7 @@ impl VerbsDevice {
         )
     }
 
-    /// The largest retry count that ends. The specification knows no endless one (vol. 1, 9.9.2.1.1), but soft-RoCE
+    /// The largest retry count that ends. The specification knows no endless one (vol. 1, 9.9.2), but soft-RoCE
     /// never counts 7 down, and then a lost peer would go unnoticed.
     pub(super) fn most_retries(&self) -> u8 {
         if self.limits.soft_roce() { 6 } else { 7 }
@@ -553,7 +478,8 @@ impl std::fmt::Debug for VerbsDevice {
     }
 }
 
-/// The access flags for `access`. The specification demands local write wherever a peer may write (vol. 1, 10.6.3.1).
+/// The access flags for `access`. Local write is demanded wherever a peer may write
+/// (`ibv_reg_mr(3)`).
 fn access_flags(access: Access) -> u32 {
     let mut flags = 0;
     if access.local_write || access.remote_write {

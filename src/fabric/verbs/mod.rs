@@ -2,17 +2,18 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `inventory`, `facts` | what this host has, asked and as data |
+//! | `inventory`, `host`, `facts` | what this host has, asked and as data |
 //! | `doctor` | what is wrong with it |
 //! | `gid`, `link` | choice of GID; link layer, state, MTU, speed |
-//! | `device` | an opened port: protection domain, memory regions |
-//! | `context` | the data path: completion queue, lanes, fencing |
-//! | `lane`, `address` | one queue pair: its states, its account; how a peer reaches it |
+//! | `device`, `objects` | an opened port: protection domain, memory regions |
+//! | `context` | the data path: lanes; `progress` of what the device reports, `fence` of what ends |
+//! | `lane`, `attributes`, `address` | one queue pair: its account, its states; how a peer reaches it |
 //! | `post`, `poll` | requests to work requests, work completions to completions |
 //! | `events` | completion channel and asynchronous events |
 //! | `sys` | the raw binding |
 
 mod address;
+mod attributes;
 mod config;
 mod context;
 mod device;
@@ -21,9 +22,11 @@ mod error;
 mod events;
 mod facts;
 mod gid;
+mod host;
 mod inventory;
 mod lane;
 mod link;
+mod objects;
 mod poll;
 mod post;
 pub(crate) mod sys;

@@ -5,17 +5,20 @@ use serde_json::Value;
 
 use super::{Options, report};
 use crate::artifacts::{self, Executable};
-use crate::guest::{self, Guest, Machine, quote};
+use crate::guest::{self, Guest, Machine, Outcome, quote};
 
 /// Test targets which must run in a guest. One of these that does not exist is an error, so that a renamed suite
 /// cannot drop out of the RDMA tests without notice.
-const GUEST_TESTS: &[&str] = &["fabric_suite", "endpoint_suite"];
+const GUEST_TESTS: &[&str] = &["fabric_suite", "endpoint_suite", "two_process"];
 
 /// Test targets whose names start so run in a guest, too.
 const GUEST_TEST_PREFIX: &str = "rxe_";
 
-/// Arguments of the tests. The suites share two emulated devices, and each test of theirs uses threads of its own.
-const TEST_ARGUMENTS: &str = "--test-threads=1 --include-ignored verbs";
+/// Arguments of all tests. The suites share two emulated devices, and each test of theirs uses threads of its own.
+const TEST_ARGUMENTS: &str = "--test-threads=1";
+
+/// What to run of a suite that has cases for several fabrics: those over verbs, which are ignored elsewhere.
+const VERBS_CASES: &str = "--include-ignored verbs";
 
 /// For one suite, in seconds. Emulation is slow; a suite which hangs should still not take the others with it.
 const SUITE_TIMEOUT: u32 = 600;
@@ -53,8 +56,15 @@ pub(super) fn suites_in_one_guest(options: &Options, machine: &Machine) -> Resul
         );
     }
     if !suites.is_empty() {
-        let guest = options.configure(Guest::alone(suites_script(&suites)));
-        report(&guest::run("suites", machine, vec![guest])?)?;
+        let bench = artifacts::binary("kvpush-bench", options.release)?;
+        let bench = quote(&bench.path.to_string_lossy());
+        let guest = options.configure(Guest::alone(suites_script(&suites, &bench)));
+        let outcomes = guest::run("suites", machine, vec![guest])?;
+        report(&outcomes)?;
+        println!(
+            "{} rows, all over verbs and verified",
+            bench_rows(&outcomes)?
+        );
     }
     if !missing.is_empty() {
         bail!("missing test targets: {}", missing.join(", "));
@@ -71,12 +81,19 @@ pub(super) fn bench_between_two_guests(options: &Options, machine: &Machine) -> 
     let outcomes = guest::run("bench-pair", machine, guests)?;
     report(&outcomes)?;
 
+    println!(
+        "[a] {} rows, all over verbs and verified",
+        bench_rows(&outcomes)?
+    );
+    Ok(())
+}
+
+/// Checks the rows that the bench left in the first guest, and counts them.
+fn bench_rows(outcomes: &[Outcome]) -> Result<usize> {
     let path = outcomes.first().context("no outcome")?.out.join(BENCH_ROWS);
     let rows = std::fs::read_to_string(&path)
         .with_context(|| format!("the bench left no {}", path.display()))?;
-    let count = check_bench_rows(&rows)?;
-    println!("[a] {count} rows, all over verbs and verified");
-    Ok(())
+    check_bench_rows(&rows)
 }
 
 /// Those of `tests` to run in a guest, and names in [`GUEST_TESTS`] which are not among them.
@@ -94,7 +111,7 @@ fn select(tests: Vec<Executable>) -> (Vec<Executable>, Vec<&'static str>) {
     (suites, missing)
 }
 
-fn suites_script(suites: &[Executable]) -> String {
+fn suites_script(suites: &[Executable], bench: &str) -> String {
     let mut script = String::from("failed=()\n");
     for suite in suites {
         let name = quote(&suite.name);
@@ -102,11 +119,26 @@ fn suites_script(suites: &[Executable]) -> String {
             quote(&suite.package_dir.to_string_lossy()),
             quote(&suite.path.to_string_lossy()),
         );
+        let cases = match suite.name.starts_with(GUEST_TEST_PREFIX) {
+            true => "--ignored",
+            false => VERBS_CASES,
+        };
         script.push_str(&format!(
             "echo; echo '---- {name} over rxe'\ncd {dir}\n\
-             CARGO_MANIFEST_DIR={dir} timeout {SUITE_TIMEOUT} {path} {TEST_ARGUMENTS} || failed+=({name}:$?)\n"
+             CARGO_MANIFEST_DIR={dir} timeout {SUITE_TIMEOUT} {path} {TEST_ARGUMENTS} {cases} | tee /tmp/suite.log\n\
+             status=${{PIPESTATUS[0]}}\n\
+             [ $status = 0 ] || failed+=({name}:$status)\n\
+             grep -Eq 'test result: ok\\. [1-9][0-9]* passed' /tmp/suite.log || failed+=({name}:ran-nothing)\n"
         ));
     }
+    // The bench's main job, two processes over both rails; and once with a wrong expectation, which it must notice.
+    script.push_str(&format!(
+        "echo; echo '---- kvpush-bench over rxe, prefill and decode as two processes'\n\
+         {bench} {BENCH_WORKLOAD} --json /out/{BENCH_ROWS} || failed+=(bench:$?)\n\
+         echo; echo '---- kvpush-bench with a planted error'\n\
+         if {bench} {BENCH_WORKLOAD} --plant-error > /tmp/planted.log 2>&1; then failed+=(planted-error-unnoticed); \
+         else grep -i -m1 verif /tmp/planted.log || failed+=(planted-error-other-failure); fi\n"
+    ));
     script.push_str(
         "if ((${#failed[@]})); then echo \"FAILED (suite:status): ${failed[*]}\"; exit 1; fi\n",
     );
@@ -152,21 +184,21 @@ mod tests {
 
     #[test]
     fn only_suites_for_rdma_are_selected() {
-        let all = vec![
-            test("fabric_suite", "test"),
-            test("rxe_faults", "test"),
-            test("other", "test"),
-            test("rxe_x", "bin"),
-        ];
+        let listed = GUEST_TESTS.iter().map(|name| test(name, "test"));
+        let others = [("rxe_faults", "test"), ("other", "test"), ("rxe_x", "bin")];
+        let all = listed
+            .chain(others.map(|(name, kind)| test(name, kind)))
+            .collect();
         let (suites, missing) = select(all);
         let names: Vec<_> = suites.iter().map(|suite| suite.name.as_str()).collect();
-        assert_eq!(names, ["fabric_suite", "rxe_faults"]);
+        let expected: Vec<_> = GUEST_TESTS.iter().copied().chain(["rxe_faults"]).collect();
+        assert_eq!(names, expected);
         assert!(missing.is_empty());
     }
 
     #[test]
     fn a_listed_suite_that_does_not_exist_is_reported() {
-        assert_eq!(select(vec![test("rxe_faults", "test")]).1, ["fabric_suite"]);
+        assert_eq!(select(vec![test("rxe_faults", "test")]).1, GUEST_TESTS);
     }
 
     #[test]

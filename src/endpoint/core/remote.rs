@@ -1,0 +1,173 @@
+//! What a writer knows of the pool it writes into, and the checks before it believes that.
+
+use std::{collections::HashMap, sync::Arc};
+
+use super::{Rail, session::Session, writer::PushEntry};
+use crate::{
+    endpoint::{PeerError, PushError, config::Config},
+    fabric::RemoteKey,
+    kv::{KvLayout, PlanError, PlanLimits, Planner, Side},
+    protocol::Blocks,
+    wire::{Accept, Imm, PoolDescriptor},
+};
+
+/// Where a region of the peer is, through one of its rails.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    pub(super) address: u64,
+    pub(super) key: RemoteKey,
+}
+
+/// A pool of the peer, checked.
+#[derive(Debug)]
+pub(super) struct RemotePool {
+    layout: KvLayout,
+    /// By the peer's rail: one target for each region.
+    pub(super) targets: HashMap<u8, Arc<[Target]>>,
+}
+
+impl RemotePool {
+    /// Checks what the peer told: the layout must lie in the regions, and each rail must reach all of them.
+    fn new(descriptor: PoolDescriptor) -> Result<Self, PlanError> {
+        let lengths: Vec<u64> = descriptor
+            .regions
+            .iter()
+            .map(|region| region.length)
+            .collect();
+        descriptor
+            .layout
+            .validate(&lengths)
+            .map_err(|error| PlanError::Layout {
+                side: Side::Destination,
+                error,
+            })?;
+        let mut targets: HashMap<u8, Vec<Target>> = HashMap::new();
+        for region in &descriptor.regions {
+            for key in &region.keys {
+                let target = Target {
+                    address: key.address,
+                    key: key.rkey,
+                };
+                targets.entry(key.rail).or_default().push(target);
+            }
+        }
+        // A rail that lacks a region could not tell which of its keys is whose.
+        targets.retain(|_, list| list.len() == lengths.len());
+        let targets = targets
+            .into_iter()
+            .map(|(rail, list)| (rail, list.into()))
+            .collect();
+        Ok(Self {
+            layout: descriptor.layout,
+            targets,
+        })
+    }
+}
+
+/// Makes an accepted push ready to plan.
+pub(super) fn prepare(
+    session: &mut Session,
+    push: &mut PushEntry,
+    accept: &Accept,
+    descriptor: Option<PoolDescriptor>,
+    config: &Config,
+    rails: &[Rail],
+) -> Result<(), PushError> {
+    let protocol = |detail: &str| {
+        PushError::Peer(PeerError::Protocol {
+            peer: session.name(),
+            detail: detail.to_owned(),
+        })
+    };
+    let pool = push.grant.pool();
+    let remote = match descriptor {
+        Some(descriptor) if descriptor.pool == pool => Arc::new(RemotePool::new(descriptor)?),
+        Some(_) => return Err(protocol("the description of another pool")),
+        None => session
+            .remote_pools
+            .get(&pool)
+            .cloned()
+            .ok_or_else(|| protocol("no description of the pool"))?,
+    };
+    if session
+        .lanes
+        .iter()
+        .any(|lane| !remote.targets.contains_key(&lane.remote_rail))
+    {
+        return Err(protocol("a rail without keys"));
+    }
+    let layout = &push.source.record.layout;
+    let limits = PlanLimits {
+        max_sge: session
+            .lanes
+            .iter()
+            .map(|lane| lane.config.max_sge)
+            .min()
+            .unwrap_or(1),
+        max_write: session
+            .lanes
+            .iter()
+            .map(|lane| rails[lane.rail].device.info().caps.max_message)
+            .fold(u64::from(config.max_write), u64::min)
+            .clamp(1, u32::MAX.into()) as u32,
+    };
+    let planner = push.source.record.planner(
+        push.grant.issuer(),
+        pool,
+        push.grant.heads(),
+        limits,
+        || Planner::new(layout, &remote.layout, push.grant.heads(), limits),
+    )?;
+    let pages = push.grant.pages();
+    if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
+        let error = PlanError::PageOutOfRange {
+            side: Side::Destination,
+            page,
+            pages: remote.layout.pages,
+        };
+        return Err(error.into());
+    }
+    let blocks = u32::try_from(pages.len())
+        .ok()
+        .and_then(|count| Blocks::new(planner.layers(), count, push.grant.parts_per_layer()))
+        .ok_or_else(|| protocol("a grant that cannot be counted"))?;
+    if Imm::new(accept.slot, blocks.tail()).is_none() {
+        return Err(protocol("a slot beyond the immediate"));
+    }
+    let mut remaining = vec![0; blocks.parts() as usize];
+    for layer in 0..blocks.layers() {
+        for block in 0..blocks.per_layer() {
+            let (first, end) = blocks.positions(block);
+            remaining[blocks.part(layer, block) as usize] = end - first;
+        }
+    }
+    push.lane_of = vec![None; remaining.len()];
+    push.remaining = remaining;
+    push.tail_targets = accept
+        .tail
+        .keys
+        .iter()
+        .map(|&(rail, key)| {
+            (
+                rail,
+                Target {
+                    address: accept.tail.address,
+                    key,
+                },
+            )
+        })
+        .collect();
+    if session
+        .lanes
+        .iter()
+        .any(|lane| !push.tail_targets.contains_key(&lane.remote_rail))
+    {
+        return Err(protocol("a rail without a key for the tail"));
+    }
+    push.slot = accept.slot;
+    push.blocks = Some(blocks);
+    push.planner = Some(planner);
+    push.remote = Some(Arc::clone(&remote));
+    session.remote_pools.insert(pool, remote);
+    Ok(())
+}
