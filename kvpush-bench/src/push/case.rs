@@ -97,6 +97,7 @@ impl Session<'_> {
         let mut row = Row::new(workload, &chosen.fabric, rounds);
         let bar = progress(workload, rounds)?;
         let mut random = Random::new(seed);
+        let mut done = 0;
         for round in WARM_UP..=rounds {
             signals::check()?;
             // The first round only has to dial, to make lanes and to touch memory.
@@ -108,6 +109,8 @@ impl Session<'_> {
             let outcome = self.run_round(workload, &ranks, requests, random.next(), &bar);
             let (measured, verified) = outcome.inspect_err(|_| bar.abandon())?;
             let failed = verified.failure.is_some();
+            done += workload.round_bytes(requests)?;
+            bar.set_position(done);
             let measured =
                 (round != WARM_UP).then_some((&measured, workload.round_bytes(requests)?));
             row.add(measured, &verified);
@@ -133,6 +136,7 @@ impl Session<'_> {
         bar: &ProgressBar,
     ) -> Result<(Measured, Verified)> {
         let timeout = Duration::from_secs(workload.timeout_seconds.into());
+        bar.set_message("filling");
         self.connection.send(&ToServer::Round { seed, requests })?;
         let tables = workload.page_tables(Side::Prefill, seed)?;
         let tables = tables.get(..requests as usize).unwrap_or(&tables);
@@ -176,6 +180,7 @@ impl Session<'_> {
         };
         if workload.op == Op::Push {
             let pushes = pages::open(&round, grants)?;
+            bar.set_message("pushing");
             self.connection.send(&ToServer::Start)?;
             let layers = u64::from(requests) * pages::pairs(&round)? * u64::from(workload.layers);
             let scale = workload.round_bytes(requests)? / layers.max(1);
@@ -183,8 +188,13 @@ impl Session<'_> {
         }
         let token = token.ok_or_else(|| Error::failed("the server sent no token"))?;
         let access = access::Access::open(&round, &token)?;
+        bar.set_message(match workload.op {
+            Op::Read => "reading",
+            Op::Push | Op::Write => "writing",
+        });
         self.connection.send(&ToServer::Start)?;
         let measured = access.run(&round, bar)?;
+        bar.set_message("verifying");
         if let (true, Op::Read, Some(cache)) = (plant, workload.op, ranks.caches.first()) {
             cache.damage(expected)?;
         }
@@ -224,6 +234,7 @@ impl Session<'_> {
         thread::scope(|scope| {
             let listener = scope.spawn(move || listen(connection, timeout, bar, bytes_per_layer));
             let measured = work();
+            bar.set_message("verifying");
             if measured.is_err() {
                 // The server would go on waiting for pages that do not come.
                 thread::sleep(Duration::from_millis(100));
@@ -270,14 +281,14 @@ fn listen(
 fn progress(workload: &Workload, rounds: u32) -> Result<ProgressBar> {
     let bytes =
         workload.round_bytes(1)? + workload.round_bytes(workload.requests)? * u64::from(rounds);
-    let template = "{prefix:28} {bar:32} {bytes:>10} / {total_bytes:10} {elapsed_precise}";
+    let template = "{prefix:28} {bar:32} {bytes:>10} / {total_bytes:10} {msg}";
     let style = ProgressStyle::with_template(template)
         .context("progress bar")?
         .progress_chars("=> ");
     let bar = ProgressBar::new(bytes)
         .with_style(style)
         .with_prefix(workload.title());
-    bar.tick();
+    bar.enable_steady_tick(Duration::from_millis(100));
     Ok(bar)
 }
 
