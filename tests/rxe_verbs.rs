@@ -174,7 +174,7 @@ fn a_peer_that_takes_more_than_its_share_harms_only_itself() {
     let (other, _) = pair.lane(&honest);
     let imm = |id: u64| request(id, Opcode::WriteImm(id as u32), 0, RemoteKey(0), 0);
     let many: Vec<_> = (0..6).map(imm).collect();
-    pair.a.context.post(thief, &many, &[]).expect("post");
+    pair.a.post(thief, &many, &[]).expect("post");
     pair.until("the theft", |pair| pair.a.sends().len() == 6);
     pair.poll_for(Duration::from_millis(100));
     let got: Vec<_> = pair.b.done.iter().filter(|c| c.lane == robbed).collect();
@@ -192,7 +192,7 @@ fn a_peer_that_takes_more_than_its_share_harms_only_itself() {
     pair.a.done.clear();
     pair.b.done.clear();
     let all: Vec<_> = (0..8).map(imm).collect();
-    pair.a.context.post(other, &all, &[]).expect("post");
+    pair.a.post(other, &all, &[]).expect("post");
     pair.until("all of the honest lane's share", |pair| {
         pair.b.receives().len() == 8 && pair.a.sends().len() == 8
     });
@@ -360,7 +360,6 @@ fn a_port_that_goes_and_comes_back_is_noticed_and_used_again() {
     }
     let write = request(1, Opcode::WriteImm(5), to.address(), target.remote, 1);
     pair.a
-        .context
         .post(lane, &[write], &[sge(&from, &source, 0, 4096)])
         .expect("post");
     pair.until("the write", |pair| {

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     fabric::{Access, Device, FabricKind, verbs::VerbsConfig},
     memory::{HostMemory, Memory, Region},
-    wire::{Auth, Incarnation},
+    wire::{Auth, Incarnation, MAX_LANES},
 };
 
 /// Completion-queue entries of one rail, if it has so many.
@@ -182,6 +182,7 @@ impl Builder {
         let listener = TcpListener::bind(&address).map_err(io("listen on"))?;
         let local = listener.local_addr().map_err(io("listen on"))?;
         let devices = rails::open(&config, local.ip(), given)?;
+        check_lanes(&config, &devices)?;
         let incarnation = Incarnation::random().map_err(io("random number for"))?;
         let wake = WakeHandle::new().map_err(io("eventfd for"))?;
         let tails = tail_arena(&config, &devices)?;
@@ -274,6 +275,28 @@ fn check(config: &Config) -> Result<(), EndpointError> {
             setting: "advertise",
             value,
             why: "more than 4",
+        });
+    }
+    Ok(())
+}
+
+/// All lanes to one peer go into one message.
+fn check_lanes(config: &Config, devices: &[Arc<dyn Device>]) -> Result<(), EndpointError> {
+    let most = devices
+        .iter()
+        .map(|device| {
+            devices
+                .iter()
+                .filter(|d| d.info().kind == device.info().kind)
+                .count()
+        })
+        .max()
+        .unwrap_or(0);
+    if most * usize::from(config.lanes_per_rail) > MAX_LANES {
+        return Err(EndpointError::Setting {
+            setting: "lanes_per_rail",
+            value: format!("{} on each of {most} rails", config.lanes_per_rail),
+            why: "more than 64 lanes to one peer",
         });
     }
     Ok(())

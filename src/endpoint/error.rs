@@ -126,6 +126,9 @@ pub enum IssueError {
         /// The limit.
         limit: u32,
     },
+    /// The operating system gives no random numbers.
+    #[error("no random numbers: {0}")]
+    Random(String),
     /// The request's name is too long, or another part of the grant cannot be encoded.
     #[error("the grant cannot be encoded: {0}")]
     Encode(#[from] GrantError),
@@ -378,7 +381,7 @@ pub enum PushInputError {
 }
 
 /// Why an arrival did not complete. When it is reported, no write of the grant can land any more, so the pages may be
-/// reused.
+/// reused; [`ArrivalError::Unfenced`] is the one exception.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArrivalError {
@@ -402,6 +405,10 @@ pub enum ArrivalError {
     /// The writer is lost.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// The lanes of the writer could not be fenced, so its writes may still land: the one error after which the pages
+    /// must not be used. They stay reserved.
+    #[error("the writer's lanes could not be fenced, its pages must not be used again: {0}")]
+    Unfenced(Box<FabricError>),
     /// There is no such layer to wait for.
     #[error("layer {layer} does not exist, there are {layers}")]
     NoSuchLayer {
@@ -417,7 +424,7 @@ impl ArrivalError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Expired { .. } | Self::Abandoned { .. } => true,
-            Self::Revoked | Self::NoSuchLayer { .. } => false,
+            Self::Revoked | Self::Unfenced(_) | Self::NoSuchLayer { .. } => false,
             Self::Peer(error) => error.is_retryable(),
         }
     }
@@ -453,7 +460,7 @@ pub enum AccessError {
     /// The owner is not reachable.
     #[error(transparent)]
     Peer(#[from] PeerError),
-    /// It did not finish in time; its lanes were fenced, so nothing of it is in flight.
+    /// It did not get to move bytes in time. (One that did is [`PeerError::Silent`], after a fence.)
     #[error("the deadline has passed")]
     Expired,
 }

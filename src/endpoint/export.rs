@@ -9,7 +9,7 @@ use std::{
 use super::{
     AccessError, Endpoint, EndpointError, PeerError,
     core::{AccessEntry, AccessOp, Command, ExportRecord},
-    shared::{AccessShared, EndpointShared},
+    shared::{AccessShared, EndpointShared, ExportHandle},
 };
 use crate::{
     fabric::Access,
@@ -19,11 +19,11 @@ use crate::{
 
 /// Registered memory: the local side of one-sided accesses, and what a peer reaches by its token.
 ///
-/// Dropping it ends the registration; a peer that still uses its token then gets an error, and its lane fails.
+/// Dropping it ends the registration, as soon as no access of this side uses it. A peer that still uses its token then
+/// gets an error, and its lane fails.
 #[derive(Debug)]
 pub struct LocalRegion {
-    record: Arc<ExportRecord>,
-    endpoint: Arc<EndpointShared>,
+    handle: Arc<ExportHandle>,
     token: RegionToken,
 }
 
@@ -61,21 +61,16 @@ impl Endpoint {
             write: access.remote_write,
         });
         let record = Arc::new(ExportRecord { id, nonce, region });
-        let token = match token {
-            Ok(token) => token,
-            Err(error) => {
-                shared.command(Command::ReleaseExport(record));
-                return Err(error.into());
-            }
-        };
-        if !shared.command(Command::AddExport(Arc::clone(&record))) {
+        let handle = Arc::new(ExportHandle {
+            record: Arc::clone(&record),
+            endpoint: Arc::clone(shared),
+        });
+        // From here on the handle ends the registration, whatever happens.
+        let token = token?;
+        if !shared.command(Command::AddExport(record)) {
             return Err(EndpointError::Closed);
         }
-        Ok(LocalRegion {
-            record,
-            endpoint: Arc::clone(shared),
-            token,
-        })
+        Ok(LocalRegion { handle, token })
     }
 
     /// Asks the owner of `token` for access.
@@ -127,14 +122,7 @@ impl LocalRegion {
 
     /// Bytes.
     pub fn length(&self) -> u64 {
-        self.record.region.length()
-    }
-}
-
-impl Drop for LocalRegion {
-    fn drop(&mut self) {
-        self.endpoint
-            .command(Command::ReleaseExport(Arc::clone(&self.record)));
+        self.handle.record.region.length()
     }
 }
 
@@ -226,7 +214,7 @@ impl RemoteRegion {
         }
         let op = AccessOp::Move {
             read,
-            local: Arc::clone(&local.record),
+            local: Arc::clone(&local.handle),
             local_offset,
             remote: Arc::clone(&self.keys),
             remote_offset,

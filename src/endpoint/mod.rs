@@ -137,6 +137,10 @@ impl Owner {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.wake.wake();
         if let Some(driver) = self.driver.lock().take() {
+            // The last handle may be dropped by a waker, which the driver itself calls. It ends on its own then.
+            if driver.thread().id() == std::thread::current().id() {
+                return;
+            }
             // The driver catches nothing, so that a bug is seen; its panic has been printed by its own thread.
             if driver.join().is_err() {
                 tracing::error!("the driver thread panicked");

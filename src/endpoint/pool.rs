@@ -184,7 +184,7 @@ impl Pool {
             addresses: endpoint.addresses.clone(),
             pool: record.id,
             id: tail_slot.id(),
-            nonce: random_nonce().map_err(|_| IssueError::Closed)?,
+            nonce: random_nonce().map_err(|error| IssueError::Random(error.to_string()))?,
             heads,
             parts_per_layer,
             tail_capacity: config.tail_capacity,

@@ -197,7 +197,9 @@ impl Push {
             None => return Err(PushInputError::NotOpen.into()),
             Some(opened) => opened?,
         }
-        self.input.lock().take(
+        // Held until the command is on its way, so that no other thread's `finish` overtakes it.
+        let mut input = self.input.lock();
+        input.take(
             layer,
             first,
             pages,
@@ -256,7 +258,8 @@ impl Push {
             }
             .into());
         }
-        self.input.lock().finish(self.grant.pages().len())?;
+        let mut input = self.input.lock();
+        input.finish(self.grant.pages().len())?;
         self.command(Command::Finish {
             push: self.id,
             tail,

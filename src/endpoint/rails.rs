@@ -41,7 +41,13 @@ pub(super) fn open(
             kind => reasons.push(format!("{kind}: not to be had by name")),
         }
     }
-    rails.truncate(MAX_RAILS);
+    for device in rails.drain(MAX_RAILS.min(rails.len())..) {
+        let info = device.info();
+        reasons.push(format!(
+            "{}/{}: more than {MAX_RAILS} rails",
+            info.name, info.port
+        ));
+    }
     for reason in &reasons {
         tracing::info!(reason, "rail not used");
     }

@@ -2,7 +2,6 @@
 //! the states that callers wait for.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -16,11 +15,14 @@ use parking_lot::Mutex;
 
 use super::{
     AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushReport,
-    config::Config, core::Command, signal::Signal, wake::WakeHandle,
+    config::Config,
+    core::{Command, ExportRecord},
+    signal::Signal,
+    wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
-    kv::{HeadRange, KvLayout, PlanError, PlanLimits, Planner},
+    kv::{HeadRange, KvLayout},
     memory::{HostMemory, Region},
     wire::{GrantId, Incarnation, PoolId, RegionKey, TailHeader},
 };
@@ -73,13 +75,7 @@ pub(crate) struct PoolRecord {
     pub(crate) regions: Vec<Region>,
     /// For each page, a bit for each head (or group of heads) that a live grant has.
     reserved: Mutex<Vec<u128>>,
-    planners: Mutex<HashMap<PlannerKey, Arc<Planner>>>,
 }
-
-type PlannerKey = (Incarnation, PoolId, HeadRange, PlanLimits);
-
-/// Planners kept for one pool. Peers come and go; this many pairs of layouts are in use at once at most.
-const MAX_PLANNERS: usize = 256;
 
 impl PoolRecord {
     pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
@@ -89,7 +85,6 @@ impl PoolRecord {
             layout,
             regions,
             reserved: Mutex::new(vec![0; pages]),
-            planners: Mutex::default(),
         }
     }
 
@@ -147,28 +142,6 @@ impl PoolRecord {
         let last = (heads.first.saturating_sub(all.first) + heads.count.saturating_sub(1)) / group;
         (first.min(127)..=last.min(127)).fold(0, |bits, bit| bits | 1 << bit)
     }
-
-    /// The planner from this pool to another, made once for each pair.
-    pub(crate) fn planner(
-        &self,
-        peer: Incarnation,
-        pool: PoolId,
-        heads: HeadRange,
-        limits: PlanLimits,
-        make: impl FnOnce() -> Result<Planner, PlanError>,
-    ) -> Result<Arc<Planner>, PlanError> {
-        let key = (peer, pool, heads, limits);
-        if let Some(planner) = self.planners.lock().get(&key) {
-            return Ok(Arc::clone(planner));
-        }
-        let planner = Arc::new(make()?);
-        let mut planners = self.planners.lock();
-        if planners.len() >= MAX_PLANNERS {
-            planners.clear();
-        }
-        planners.insert(key, Arc::clone(&planner));
-        Ok(planner)
-    }
 }
 
 /// A pool as long as somebody needs it: a caller, a grant or a push. The last one gone ends the registrations.
@@ -185,12 +158,28 @@ impl Drop for PoolHandle {
     }
 }
 
+/// An exported region as long as its owner or an access of this side needs it.
+#[derive(Debug)]
+pub(crate) struct ExportHandle {
+    pub(crate) record: Arc<ExportRecord>,
+    pub(crate) endpoint: Arc<EndpointShared>,
+}
+
+impl Drop for ExportHandle {
+    fn drop(&mut self) {
+        // Without a driver the contexts are gone, and with them the registrations.
+        self.endpoint
+            .command(Command::ReleaseExport(Arc::clone(&self.record)));
+    }
+}
+
 /// Buffers for tails, one for each grant of this side and each push of this side, in one registered region.
 #[derive(Debug)]
 pub(crate) struct TailArena {
     memory: Arc<HostMemory>,
     region: Region,
     stride: u64,
+    capacity: u32,
     slots: Mutex<Slots>,
 }
 
@@ -227,6 +216,7 @@ impl TailArena {
             memory,
             region,
             stride: Self::stride(capacity),
+            capacity,
             slots: Mutex::new(slots),
         }
     }
@@ -293,7 +283,7 @@ impl TailSlot {
 
     /// Reads a tail that has arrived; nothing if it is not of this generation or claims more than its room.
     pub(crate) fn load(&self, generation: u32) -> Option<Bytes> {
-        let mut buffer = vec![0; self.arena.stride as usize];
+        let mut buffer = vec![0; TailHeader::SIZE + self.arena.capacity as usize];
         self.arena.memory.read(self.offset(), &mut buffer).ok()?;
         TailHeader::payload(&buffer, generation).map(Bytes::copy_from_slice)
     }

@@ -43,10 +43,11 @@ pub trait Device: Send + Sync {
     ///
     /// # Safety
     ///
-    /// The range must stay mapped, readable and (if `access` or local use writes it) writable until
-    /// [`Context::deregister`] of the returned key has succeeded on every context of this device or the device and
-    /// all of its contexts are dropped. Remote peers may change it at any time while it is registered, so nobody may
-    /// hold a Rust reference to bytes that a peer may write.
+    /// The range must be mapped memory of this process, not merely addresses: a software fabric reads and writes it
+    /// itself, and need not notice at registration what is not mapped. It must stay mapped, readable and (if `access`
+    /// or local use writes it) writable until [`Context::deregister`] of the returned key has succeeded on every
+    /// context of this device or the device and all of its contexts are dropped. Remote peers may change it at any
+    /// time while it is registered, so nobody may hold a Rust reference to bytes that a peer may write.
     unsafe fn register(
         &self,
         address: u64,
@@ -88,7 +89,28 @@ pub trait Context: Send {
 
     /// Posts `requests` in order; each names its gather list as a range of `sges`. On error, `posted` requests have
     /// been accepted and the rest have not.
-    fn post(
+    ///
+    /// # Safety
+    ///
+    /// Gather elements are addresses. The fabric reads and writes them, or has a device do so, during this call and
+    /// after it:
+    ///
+    /// * every element of an [inline](WorkRequest::inline) request must be readable, and nobody may be writing it,
+    ///   until this call returns. Nothing checks that, because its keys are ignored;
+    /// * every element of another request must lie in a live registration of this device that its key names, one with
+    ///   [`Access::local_write`] if the request is a read. Until the request has ended, the element must stay mapped
+    ///   and registered, the source bytes of a write unchanged, and the destination bytes of a read under no Rust
+    ///   reference. An element without bytes names nothing.
+    ///
+    /// A request has ended when a completion of it, or of a later request of its lane, has been polled (flushed ones
+    /// included), when [`Context::fence_lane`] or [`Context::destroy_lane`] has succeeded for its lane, or when the
+    /// context has been dropped; one that was not accepted, when this call returns.
+    ///
+    /// As on a device, some mistakes with registered memory are errors and no more. An element that no live
+    /// registration of its key covers is not accessed; the request completes with [`Status::LocalProtection`] or its
+    /// like. So does one whose registration ends too early, provided that the memory stays mapped until the request
+    /// has ended. Source bytes that are changed (through raw pointers) arrive as any mix of old and new.
+    unsafe fn post(
         &mut self,
         lane: LaneId,
         requests: &[WorkRequest],

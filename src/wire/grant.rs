@@ -181,12 +181,12 @@ impl Grant {
         self.fields.id
     }
 
-    /// The KV heads the issuer holds, by their number in the whole model.
+    /// The KV heads that may be written, by their number in the whole model.
     pub fn heads(&self) -> HeadRange {
         self.fields.heads
     }
 
-    /// Parts that each layer is counted in: one for each writer expected.
+    /// Most parts that each layer is counted in, and so the most lanes that carry it at once.
     pub fn parts_per_layer(&self) -> u16 {
         self.fields.parts_per_layer
     }

@@ -186,7 +186,7 @@ pub(crate) struct RailOffer {
 pub(crate) struct LaneOffer {
     /// The writer's rail.
     pub(crate) rail: u8,
-    /// The reader's rail it wants to meet.
+    /// Which of the reader's rails of this fabric it wants to meet, counted from 0; taken modulo their number.
     pub(crate) remote_rail: u8,
     pub(crate) address: LaneAddress,
 }

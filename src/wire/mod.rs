@@ -36,6 +36,7 @@ pub(crate) use grant::GrantFields;
 pub use ids::{Digest, GrantId, Incarnation, PoolId};
 pub(crate) use ids::{Nonce, random_nonce};
 pub(crate) use imm::{Imm, TailHeader};
+pub(crate) use message::MAX_LANES;
 pub(crate) use message::{
     Accept, Cancel, Credits, Goodbye, Hello, HelloAck, HelloReject, LaneAnswer, LaneOffer, Message,
     Open, OpenRegion, RailOffer, Refuse, RegionAccept, RegionRefuse, Revoke, TailTarget,

@@ -22,17 +22,13 @@ fn refused(pair: &mut Pair, opcode: Opcode, to: u64, key: RemoteKey, untouched: 
     bad.signaled = false;
     let behind = request(2, Opcode::Write, to, key, 1);
     let piece = sge(&from, &source, 0, PAGE);
-    pair.a
-        .context
-        .post(lane, &[bad, behind], &[piece])
-        .expect("post");
+    pair.a.post(lane, &[bad, behind], &[piece]).expect("post");
     pair.until("the refusal", |pair| pair.a.sends().len() == 2);
     let wanted = [(1, Status::RemoteAccess), (2, Status::Flushed)];
     assert_eq!(pair.a.sends(), wanted);
     // The lane stays failed.
     let late = request(3, Opcode::Write, to, key, 1);
     pair.a
-        .context
         .post(lane, &[late], &[piece])
         .expect("posts to a failed lane are accepted");
     pair.until("the flush", |pair| pair.a.sends().len() == 3);
@@ -106,10 +102,7 @@ pub(crate) fn foreign_local_key_is_refused(mut pair: Pair) {
     piece.key = LocalKey(source.local.0 ^ 0x0080_0100);
     let write = request(1, Opcode::Write, to.address(), target.remote, 1);
     let behind = request(2, Opcode::Write, to.address(), target.remote, 0);
-    pair.a
-        .context
-        .post(lane, &[write, behind], &[piece])
-        .expect("post");
+    pair.a.post(lane, &[write, behind], &[piece]).expect("post");
     pair.until("both", |pair| pair.a.sends().len() == 2);
     // Soft-RoCE finds out so late that it calls it a local operation error (IBV_WC_LOC_QP_OP_ERR).
     let [(1, first), (2, Status::Flushed)] = pair.a.sends()[..] else {
@@ -144,7 +137,6 @@ pub(crate) fn refusal_keeps_earlier_writes(mut pair: Pair) {
         })
         .collect();
     pair.a
-        .context
         .post(lane, &requests, &[sge(&from, &source, 0, PAGE)])
         .expect("post");
     pair.until("the failures", |pair| pair.a.sends().len() == PAGES - 13);

@@ -31,7 +31,7 @@ pub(crate) fn fence_stops_a_stream(mut pair: Pair) {
     let sges: Vec<_> = (0..WRITES as usize)
         .map(|id| sge(&from, &source, id * part, part))
         .collect();
-    pair.a.context.post(lane, &requests, &sges).expect("post");
+    pair.a.post(lane, &requests, &sges).expect("post");
     pair.until("the first byte", |_| to.read(0, 1) == [0x99]);
     pair.b.context.fence_lane(peer).expect("fence");
     let fenced = to.all();
@@ -95,7 +95,7 @@ pub(crate) fn fence_flushes_in_order(mut pair: Pair) {
         })
         .collect();
     let sges = [sge(&from, &source, 0, 4096)];
-    pair.a.context.post(lane, &requests, &sges).expect("post");
+    pair.a.post(lane, &requests, &sges).expect("post");
     pair.until("the first", |pair| pair.a.sends().len() == 1);
     pair.a.context.fence_lane(lane).expect("fence");
     pair.until("the flush", |pair| pair.a.sends().len() == 20);
@@ -107,7 +107,6 @@ pub(crate) fn fence_flushes_in_order(mut pair: Pair) {
         .fence_lane(lane)
         .expect("fences may be repeated");
     pair.a
-        .context
         .post(lane, &requests[..2], &sges)
         .expect("posts are accepted");
     pair.until("the late flush", |pair| pair.a.sends().len() == 22);
@@ -127,7 +126,7 @@ pub(crate) fn unsignaled_failure_completes(mut pair: Pair) {
         })
         .collect();
     pair.a.context.fence_lane(lane).expect("fence");
-    pair.a.context.post(lane, &requests, &[]).expect("post");
+    pair.a.post(lane, &requests, &[]).expect("post");
     pair.until("the failures", |pair| pair.a.sends().len() == 4);
     assert!(
         pair.a
@@ -144,12 +143,11 @@ pub(crate) fn destroyed_peer_is_noticed(mut pair: Pair) {
     let (lane, peer) = pair.lane(&LANE);
     let write = |id| request(id, Opcode::Write, to.address(), target.remote, 1);
     let sges = [sge(&from, &source, 0, 4096)];
-    pair.a.context.post(lane, &[write(1)], &sges).expect("post");
+    pair.a.post(lane, &[write(1)], &sges).expect("post");
     pair.until("the write", |pair| pair.a.sends() == [(1, Status::Success)]);
     pair.b.context.destroy_lane(peer).expect("destroy");
     to.write(0, &[0; 4096]);
     pair.a
-        .context
         .post(lane, &[write(2), write(3)], &sges)
         .expect("post");
     pair.until("the loss", |pair| pair.a.sends().len() == 3);
@@ -160,27 +158,30 @@ pub(crate) fn destroyed_peer_is_noticed(mut pair: Pair) {
 
 pub(crate) fn unknown_lane_is_an_error(mut pair: Pair) {
     let nobody = LaneId(0x7fff_fff0);
-    let context = &mut pair.a.context;
     let state = |error: kvpush::fabric::FabricError| {
         assert!(
             matches!(error.kind, FabricErrorKind::LaneState { .. }),
             "{error}"
         );
     };
+    state(pair.a.post(nobody, &[], &[]).expect_err("post").source);
+    let context = &mut pair.a.context;
     state(context.fence_lane(nobody).expect_err("fence"));
     state(context.destroy_lane(nobody).expect_err("destroy"));
     state(context.post_receives(nobody, 1).expect_err("post_receives"));
-    state(context.post(nobody, &[], &[]).expect_err("post").source);
     let (lane, _) = context.create_lane(&LANE).expect("create");
     let write = request(1, Opcode::Write, 0, RemoteKey(0), 0);
     state(
-        context
+        pair.a
             .post(lane, &[write], &[])
             .expect_err("not connected")
             .source,
     );
     let garbage = LaneAddress::new(vec![0xff; 7]).expect("short");
-    let error = context.connect_lane(lane, &garbage, pair.b.host, true);
+    let error = pair
+        .a
+        .context
+        .connect_lane(lane, &garbage, pair.b.host, true);
     let error = error.expect_err("garbage is no address");
     assert!(
         matches!(error.kind, FabricErrorKind::BadAddress(_)),
@@ -196,7 +197,7 @@ pub(crate) fn descriptors_do_not_leak(mut pair: Pair) {
     let cycle = |pair: &mut Pair| {
         let (lane, peer) = pair.lane(&LANE);
         let write = request(1, Opcode::WriteImm(1), 0, RemoteKey(0), 0);
-        pair.a.context.post(lane, &[write], &[]).expect("post");
+        pair.a.post(lane, &[write], &[]).expect("post");
         pair.until("an immediate", |pair| {
             !pair.b.done.is_empty() && !pair.a.done.is_empty()
         });

@@ -9,7 +9,7 @@ use std::{
 
 use kvpush::fabric::{
     Access, Completion, CompletionKind, Context, Device, LaneConfig, LaneId, MemoryKeys, Opcode,
-    RemoteKey, Sge, Status, WorkRequest,
+    PostError, RemoteKey, Sge, Status, WorkRequest,
 };
 
 /// Longest wait for something that must happen; generous, because guests under emulation are slow.
@@ -27,14 +27,26 @@ pub(crate) fn descriptors_are_mine() -> RwLockWriteGuard<'static, ()> {
     DESCRIPTORS.write().unwrap_or_else(|e| e.into_inner())
 }
 
-/// A block of memory that is accessed only through raw pointers, as registered memory must be.
+/// A block of memory that is accessed only through raw pointers, as registered memory must be. Ends keep the blocks
+/// that are registered with them.
 pub(crate) struct Memory {
     base: *mut u8,
-    layout: Layout,
+    block: Arc<Block>,
 }
 
 // SAFETY: plain memory without thread affinity; accesses copy bytes through raw pointers.
 unsafe impl Send for Memory {}
+
+/// The allocation of a [`Memory`].
+struct Block {
+    base: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: it does nothing but free its memory, which any thread may do.
+unsafe impl Send for Block {}
+// SAFETY: nothing can be done with a reference to it.
+unsafe impl Sync for Block {}
 
 impl Memory {
     pub(crate) fn new(length: usize, fill: u8) -> Self {
@@ -42,7 +54,10 @@ impl Memory {
         // SAFETY: the size is not zero in any test.
         let base = unsafe { alloc(layout) };
         assert!(!base.is_null());
-        let memory = Self { base, layout };
+        let memory = Self {
+            base,
+            block: Arc::new(Block { base, layout }),
+        };
         memory.write(0, &vec![fill; length]);
         memory
     }
@@ -52,7 +67,7 @@ impl Memory {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.layout.size()
+        self.block.layout.size()
     }
 
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
@@ -78,9 +93,9 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
+        // SAFETY: allocated with this layout; no memory or end holds it any more.
         unsafe { dealloc(self.base, self.layout) };
     }
 }
@@ -91,6 +106,8 @@ pub(crate) struct End {
     pub device: Arc<dyn Device>,
     pub done: Vec<Completion>,
     pub host: IpAddr,
+    /// What is registered. Dropped after the context and the device.
+    registered: Vec<Arc<Block>>,
 }
 
 impl End {
@@ -103,28 +120,44 @@ impl End {
             device,
             done: Vec::new(),
             host,
+            registered: Vec::new(),
         }
     }
 
-    pub(crate) fn register(&self, memory: &Memory, access: Access) -> MemoryKeys {
+    pub(crate) fn register(&mut self, memory: &Memory, access: Access) -> MemoryKeys {
         self.register_part(memory, 0, memory.len(), access)
     }
 
     pub(crate) fn register_part(
-        &self,
+        &mut self,
         memory: &Memory,
         offset: usize,
         length: usize,
         access: Access,
     ) -> MemoryKeys {
         assert!(offset + length <= memory.len());
-        // SAFETY: the block outlives the pair in every test (declared before it is used, dropped by the case after
-        // the pair's last poll), and is accessed only by raw pointers.
+        self.registered.push(Arc::clone(&memory.block));
+        // SAFETY: in bounds (asserted) of a block that this end keeps until its context and device are dropped, and
+        // that is accessed only by raw pointers.
         unsafe {
             self.device
                 .register(memory.address() + offset as u64, length as u64, access)
         }
         .expect("register")
+    }
+
+    /// Posts requests over gather lists made by [`sge`], or of memory that lives through the call if they are inline.
+    pub(crate) fn post(
+        &mut self,
+        lane: LaneId,
+        requests: &[WorkRequest],
+        sges: &[Sge],
+    ) -> Result<(), PostError> {
+        // SAFETY: inline elements lie in a `Memory` of the case, which only the case's own thread writes. All others
+        // lie in one that is registered here, and so kept until context and device are dropped; nothing refers to its
+        // bytes, cases do not end registrations that they send from or read into, and they change no source before
+        // its requests have ended. Made-up keys name no registration and are refused.
+        unsafe { self.context.post(lane, requests, sges) }
     }
 
     pub(crate) fn poll(&mut self) {

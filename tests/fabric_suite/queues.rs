@@ -19,7 +19,7 @@ pub(crate) fn only_signaled_requests_complete(mut pair: Pair) {
         })
         .collect();
     let sges = [sge(&from, &source, 0, 4096)];
-    pair.a.context.post(lane, &requests, &sges).expect("post");
+    pair.a.post(lane, &requests, &sges).expect("post");
     pair.until("the signaled ones", |pair| pair.a.sends().len() == 3);
     pair.poll_for(Duration::from_millis(20));
     let ok = Status::Success;
@@ -32,10 +32,7 @@ pub(crate) fn only_signaled_requests_complete(mut pair: Pair) {
     // A signaled completion frees the slots of all requests before it.
     for _ in 0..20 {
         let before = pair.a.sends().len();
-        pair.a
-            .context
-            .post(lane, &requests, &sges)
-            .expect("post again");
+        pair.a.post(lane, &requests, &sges).expect("post again");
         pair.until("the signaled ones", |pair| {
             pair.a.sends().len() == before + 3
         });
@@ -57,7 +54,6 @@ pub(crate) fn full_queue_says_how_many_were_posted(mut pair: Pair) {
     let sges = [sge(&from, &source, 0, 64)];
     let error = pair
         .a
-        .context
         .post(lane, &requests, &sges)
         .expect_err("more than the depth");
     assert!(
@@ -70,7 +66,6 @@ pub(crate) fn full_queue_says_how_many_were_posted(mut pair: Pair) {
     let first = error.posted;
     let error = pair
         .a
-        .context
         .post(lane, &requests[..1], &sges)
         .expect_err("still full");
     assert_eq!(error.posted, 0);
@@ -78,7 +73,6 @@ pub(crate) fn full_queue_says_how_many_were_posted(mut pair: Pair) {
     let wanted: Vec<_> = (0..first as u64).map(|id| (id, Status::Success)).collect();
     assert_eq!(pair.a.sends(), wanted);
     pair.a
-        .context
         .post(lane, &requests[..8], &sges)
         .expect("room again");
     pair.until("the rest", |pair| pair.a.sends().len() == first + 8);
@@ -105,14 +99,14 @@ pub(crate) fn immediate_waits_for_a_receive(mut pair: Pair) {
         })
         .collect();
     let sges = [sge(&from, &source, 0, 4096)];
-    pair.a.context.post(lane, &requests, &sges).expect("post");
+    pair.a.post(lane, &requests, &sges).expect("post");
     pair.until("two immediates", |pair| pair.b.receives().len() == 2);
     pair.poll_for(Duration::from_millis(100));
     assert_eq!(pair.b.receives().len(), 2, "no receive, no immediate");
     assert_eq!(pair.a.sends().len(), 2, "not complete before it is placed");
     // The other direction still moves while this one waits.
     let back = request(9, Opcode::WriteImm(77), 0, target.remote, 0);
-    pair.b.context.post(peer, &[back], &[]).expect("post back");
+    pair.b.post(peer, &[back], &[]).expect("post back");
     pair.until("the way back", |pair| {
         pair.a.receives() == [(77, Status::Success)] && pair.b.sends() == [(9, Status::Success)]
     });
@@ -156,14 +150,12 @@ pub(crate) fn limits_are_enforced(mut pair: Pair) {
     let write = request(1, Opcode::Write, to.address(), target.remote, 200);
     let error = pair
         .a
-        .context
         .post(lane, &[write], &many)
         .expect_err("too many elements");
     assert_eq!(error.posted, 0);
     let write = request(2, Opcode::Write, to.address(), target.remote, 2);
     let error = pair
         .a
-        .context
         .post(lane, &[write], &[piece])
         .expect_err("beyond the list");
     assert_eq!(error.posted, 0);
@@ -172,12 +164,11 @@ pub(crate) fn limits_are_enforced(mut pair: Pair) {
     let long = [sge(&from, &source, 0, 4096)];
     let error = pair
         .a
-        .context
         .post(lane, &[write], &long)
         .expect_err("too long for inline");
     assert_eq!(error.posted, 0);
     // None of that harmed the lane.
     let write = request(4, Opcode::Write, to.address(), target.remote, 1);
-    pair.a.context.post(lane, &[write], &[piece]).expect("post");
+    pair.a.post(lane, &[write], &[piece]).expect("post");
     pair.until("the write", |pair| pair.a.sends() == [(4, Status::Success)]);
 }

@@ -16,10 +16,7 @@ pub(crate) fn write_and_compare(mut pair: Pair, flip: u8) {
     let target = pair.b.register(&to, Access::REMOTE_WRITE);
     let (lane, _) = pair.lane(&LANE);
     let write = request(1, Opcode::Write, to.address(), target.remote, 1);
-    let posted = pair
-        .a
-        .context
-        .post(lane, &[write], &[sge(&from, &source, 0, 4096)]);
+    let posted = pair.a.post(lane, &[write], &[sge(&from, &source, 0, 4096)]);
     posted.expect("post");
     pair.until("the write", |pair| !pair.a.sends().is_empty());
     let mut expected = from.all();
@@ -61,7 +58,7 @@ pub(crate) fn scattered_write_lands_exactly(mut pair: Pair) {
             target.remote,
             count as u32,
         );
-        pair.a.context.post(lane, &[write], &sges).expect("post");
+        pair.a.post(lane, &[write], &sges).expect("post");
         pair.until("a scattered write", |pair| {
             pair.a.sends().len() as u64 > round
         });
@@ -133,7 +130,6 @@ pub(crate) fn immediate_follows_earlier_writes(mut pair: Pair) {
         let ends = ((&from, &source), (&to, &target));
         let batch = random_batch(&mut random, ends.0, ends.1, whole, &mut expected, imm);
         pair.a
-            .context
             .post(lane, &batch.requests, &batch.sges)
             .expect("post");
         // Later writes may overtake nothing: the peer is looked at in the very poll that delivers the immediate.
@@ -174,7 +170,6 @@ pub(crate) fn many_lanes_at_once(mut pair: Pair) {
             let ends = ((&from, &source), (&to, &target));
             let batch = random_batch(&mut random, ends.0, ends.1, part, &mut expected, round);
             pair.a
-                .context
                 .post(*lane, &batch.requests, &batch.sges)
                 .expect("post");
         }
@@ -210,9 +205,9 @@ pub(crate) fn both_directions_at_once(mut pair: Pair) {
         };
         let (to_b, to_a) = (write(&at_b, keys_b.remote), write(&at_a, keys_a.remote));
         let from_a = [sge(&at_a, &keys_a, 0, HALF)];
-        pair.a.context.post(lane_a, &[to_b], &from_a).expect("post");
+        pair.a.post(lane_a, &[to_b], &from_a).expect("post");
         let from_b = [sge(&at_b, &keys_b, 0, HALF)];
-        pair.b.context.post(lane_b, &[to_a], &from_b).expect("post");
+        pair.b.post(lane_b, &[to_a], &from_b).expect("post");
     }
     pair.until("both directions", |pair| {
         pair.a.done.len() == 8 && pair.b.done.len() == 8
@@ -232,7 +227,7 @@ pub(crate) fn zero_length_immediate(mut pair: Pair) {
         target.remote,
         0,
     );
-    pair.a.context.post(lane, &[write], &[]).expect("post");
+    pair.a.post(lane, &[write], &[]).expect("post");
     pair.until("both completions", |pair| {
         pair.a.done.len() == 1 && pair.b.done.len() == 1
     });
@@ -267,7 +262,7 @@ pub(crate) fn inline_payload_may_be_reused_at_once(mut pair: Pair) {
             length: max_inline,
             key: kvpush::fabric::LocalKey(0),
         };
-        pair.a.context.post(lane, &[write], &[piece]).expect("post");
+        pair.a.post(lane, &[write], &[piece]).expect("post");
         from.write(0, &vec![0xee; length]);
     }
     pair.until("all inline writes", |pair| pair.a.sends().len() == 32);
@@ -312,7 +307,7 @@ pub(crate) fn read_gathers_exactly(mut pair: Pair) {
             from += length;
         }
         let read = request(round, Opcode::Read, address, remote.remote, count as u32);
-        pair.a.context.post(lane, &[read], &sges).expect("post");
+        pair.a.post(lane, &[read], &sges).expect("post");
         pair.until("a read", |pair| pair.a.sends().len() as u64 > round);
         assert_eq!(pair.a.sends().last(), Some(&(round, Status::Success)));
         same_bytes("read memory", &here.all(), &expected);
@@ -352,7 +347,7 @@ pub(crate) fn reads_and_writes_mix(mut pair: Pair) {
             sges.push(sge(&here, &local, from * PAGE, PAGE));
         }
     }
-    pair.a.context.post(lane, &requests, &sges).expect("post");
+    pair.a.post(lane, &requests, &sges).expect("post");
     pair.until("reads and writes", |pair| pair.a.sends().len() == 32);
     let wanted: Vec<_> = (0..32).map(|id| (id, Status::Success)).collect();
     assert_eq!(pair.a.sends(), wanted, "completions in order");

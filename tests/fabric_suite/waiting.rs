@@ -53,12 +53,12 @@ fn ping_pong(mut pair: Pair, rounds: usize, length: usize) {
             for round in 1..=rounds {
                 drive(&mut b, |b| b.receives().len() >= round);
                 b.context.post_receives(lane_b, 1).expect("replenish");
-                b.context.post(lane_b, &[to_a], &[from_b]).expect("pong");
+                b.post(lane_b, &[to_a], &[from_b]).expect("pong");
                 drive(&mut b, |b| b.sends().len() >= round);
             }
         });
         for round in 1..=rounds {
-            a.context.post(lane_a, &[to_b], &[from_a]).expect("ping");
+            a.post(lane_a, &[to_b], &[from_a]).expect("ping");
             drive(&mut a, |a| {
                 a.receives().len() >= round && a.sends().len() >= round
             });
@@ -81,7 +81,7 @@ pub(crate) fn sleeper_wakes_for_a_send_completion(pair: Pair) {
 pub(crate) fn idle_context_sleeps(mut pair: Pair) {
     let (lane, _) = pair.lane(&LANE);
     let write = request(1, Opcode::WriteImm(1), 0, kvpush::fabric::RemoteKey(0), 0);
-    pair.a.context.post(lane, &[write], &[]).expect("post");
+    pair.a.post(lane, &[write], &[]).expect("post");
     pair.until("an immediate", |pair| {
         pair.a.done.len() == 1 && pair.b.done.len() == 1
     });

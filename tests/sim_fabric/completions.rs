@@ -330,7 +330,7 @@ fn lanes_are_created_within_limits_and_connected_once() {
     let (lane, address) = rig.a.context.create_lane(&LANE).unwrap();
     let (_, theirs) = rig.b.context.create_lane(&LANE).unwrap();
     let (request, sge) = rig.request(&write(1, 0, 64));
-    let error = rig.a.context.post(lane, &[request], &[sge]).unwrap_err();
+    let error = rig.a.post(lane, &[request], &[sge]).unwrap_err();
     let state = "not connected";
     assert_eq!(
         error.source.kind,

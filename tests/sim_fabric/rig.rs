@@ -110,6 +110,19 @@ impl Side {
         }
     }
 
+    /// Posts requests over gather lists made by [`Side::sge`].
+    pub(crate) fn post(
+        &mut self,
+        lane: LaneId,
+        requests: &[WorkRequest],
+        sges: &[Sge],
+    ) -> Result<(), PostError> {
+        // SAFETY: what lies in this side's memory is registered and mapped until after the context and the device are
+        // gone (field order), and is touched by raw pointers only, between the net's steps. What leaves it, or has a
+        // made-up key, lies in no registration and is refused; a message that is too long is refused at once.
+        unsafe { self.context.post(lane, requests, sges) }
+    }
+
     pub(crate) fn poll(&mut self) -> Vec<Completion> {
         let mut all = Vec::new();
         loop {
@@ -230,7 +243,7 @@ impl Rig {
         requests: &[WorkRequest],
         sges: &[Sge],
     ) -> Result<(), PostError> {
-        self.a.context.post(self.lanes[lane].0, requests, sges)
+        self.a.post(self.lanes[lane].0, requests, sges)
     }
 
     /// Posts an empty write with immediate: a marker behind what was posted before.

@@ -211,10 +211,15 @@ pub(crate) fn a_stopped_reader_expires(over: Over) {
             .expect("open");
         push.layer(0, &pages).unwrap();
         reader.stop();
-        for layer in 1..LARGE_LAYERS {
+        // An RDMA device places writes whether its process runs or not, so there something has to be missing.
+        let whole = matches!(over, Over::Tcp);
+        for layer in 1..LARGE_LAYERS - usize::from(!whole) {
             push.layer(layer, &pages).unwrap();
         }
-        let end = push.finish_blocking("end", LONG).expect("no hang");
+        if whole {
+            push.start_finish("end").unwrap();
+        }
+        let end = push.ended_blocking(LONG).expect("no hang");
         let ended = granted.elapsed();
         assert_eq!(end, Err(PushError::Expired));
         assert!(ended >= deadline / 2, "{ended:?} is before its time");

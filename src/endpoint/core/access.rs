@@ -7,7 +7,11 @@ use std::{sync::Arc, time::Duration};
 
 use super::{Core, pump::Task, reader::region_keys, session::Phase, timers::Timer};
 use crate::{
-    endpoint::{AccessError, PeerError, control::ConnId, shared::AccessShared},
+    endpoint::{
+        AccessError, PeerError,
+        control::ConnId,
+        shared::{AccessShared, ExportHandle},
+    },
     fabric::{Opcode, RemoteKey, Sge},
     memory::Region,
     protocol::Time,
@@ -36,7 +40,7 @@ pub(crate) enum AccessOp {
     /// Move bytes between `local` and the region, whose keys an `Open` has learnt.
     Move {
         read: bool,
-        local: Arc<ExportRecord>,
+        local: Arc<ExportHandle>,
         local_offset: u64,
         remote: Arc<Vec<RegionKey>>,
         remote_offset: u64,
@@ -101,9 +105,9 @@ impl AccessEntry {
         Some(Piece {
             opcode: if *read { Opcode::Read } else { Opcode::Write },
             local: Sge {
-                address: local.region.address() + local_offset + done,
+                address: local.record.region.address() + local_offset + done,
                 length: left.min(MAX_PIECE) as u32,
-                key: local.region.keys().get(rail)?.local,
+                key: local.record.region.keys().get(rail)?.local,
             },
             remote_address: target.address + remote_offset + done,
             remote_key: target.rkey,
@@ -228,22 +232,25 @@ impl Core {
 
     pub(super) fn region_accepted(&mut self, conn: ConnId, accept: RegionAccept) {
         let id = accept.request;
-        if self
-            .accesses
-            .get(&id)
-            .is_none_or(|access| access.conn != Some(conn))
-        {
+        if !self.is_opening(conn, id) {
             return;
         }
         let Some(session) = self.sessions.get(&conn) else {
             return;
         };
-        let reached = session
-            .lanes
-            .iter()
-            .all(|lane| accept.keys.iter().any(|key| key.rail == lane.remote_rail));
+        let reached = session.lanes.iter().all(|lane| {
+            let mut keys = accept
+                .keys
+                .iter()
+                .filter(|key| key.rail == lane.remote_rail);
+            keys.next()
+                .is_some_and(|key| key.address.checked_add(accept.length).is_some())
+        });
         if !reached {
-            self.violation(conn, "a rail without keys");
+            self.violation(
+                conn,
+                "a rail without keys, or a region outside of the address space",
+            );
             return;
         }
         if let Some(access) = self.accesses.remove(&id) {
@@ -267,11 +274,7 @@ impl Core {
     }
 
     pub(super) fn region_refused(&mut self, conn: ConnId, refuse: RegionRefuse) {
-        if self
-            .accesses
-            .get(&refuse.request)
-            .is_none_or(|access| access.conn != Some(conn))
-        {
+        if !self.is_opening(conn, refuse.request) {
             return;
         }
         if let Some(access) = self.accesses.remove(&refuse.request) {
@@ -281,6 +284,14 @@ impl Core {
             };
             access.shared.finish(Err(error));
         }
+    }
+
+    /// Whether `id` waits for an answer on `conn`. An access that moves bytes does not: its own completions end it,
+    /// and nothing that a peer says may end it while a device uses its memory.
+    fn is_opening(&self, conn: ConnId, id: u64) -> bool {
+        let access = self.accesses.get(&id);
+        access
+            .is_some_and(|access| access.conn == Some(conn) && matches!(access.op, AccessOp::Open))
     }
 
     /// Requests of an access have completed.

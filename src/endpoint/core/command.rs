@@ -71,6 +71,6 @@ pub(crate) trait Control: Send {
     /// Sends one message after those sent before.
     fn send(&mut self, conn: ConnId, message: Vec<u8>);
 
-    /// Closes after what was sent has been flushed. No event follows.
+    /// Closes after what was sent has been flushed. An event that still follows finds no session.
     fn close(&mut self, conn: ConnId);
 }

@@ -108,7 +108,8 @@ impl Core {
                         });
                     }
                     Err(error) => {
-                        self.destroy_lanes(&mut lanes);
+                        // Nothing has gone through them; an error has been logged and the rail set aside.
+                        let _ = self.destroy_lanes(&mut lanes);
                         return Err(error);
                     }
                 }
@@ -219,7 +220,8 @@ impl Core {
             RejectCode::NoCommonFabric | RejectCode::LaneSetup
         ) && !session.untried.is_empty();
         let peer = session.name();
-        self.destroy_lanes(&mut lanes);
+        // Nothing has gone through them; an error has been logged and the rail set aside.
+        let _ = self.destroy_lanes(&mut lanes);
         if may_retry {
             tracing::info!(peer, code = %reject.code, detail = reject.detail, "next fabric");
             self.offer(conn);

@@ -160,7 +160,9 @@ impl Core {
         for command in commands.drain(..) {
             self.command(command);
         }
-        if events.is_empty() {
+        // Likewise before a deadline is found to have passed: what is there must have been counted.
+        let due = self.timers.next().is_some_and(|time| time <= now);
+        if events.is_empty() && !due {
             active |= self.poll_rails();
         } else {
             // Bounded by what completion queues can hold, so that a steady stream does not starve the events.
@@ -412,7 +414,7 @@ impl Core {
         self.control.close(conn);
         self.dialled.retain(|_, &mut dialled| dialled != conn);
         // From here on no write can land, and nothing of ours is read by a device any more.
-        self.destroy_lanes(&mut session.lanes);
+        let fenced = self.destroy_lanes(&mut session.lanes);
         match session.role {
             Role::Dialler => {
                 // First, because abandoned requests would otherwise look like completed accesses.
@@ -420,7 +422,7 @@ impl Core {
                 self.stop_connect(conn, &error);
                 self.stop_pushes(&mut session, &error);
             }
-            Role::Acceptor => self.stop_arrivals(&session, &error),
+            Role::Acceptor => self.stop_arrivals(&session, &error, fenced.err().as_ref()),
         }
     }
 

@@ -415,10 +415,22 @@ impl Work<'_> {
         };
         last.signaled = true;
         lane.unsignalled = 0;
-        let result = self
-            .rail
-            .context
-            .post(lane.id, &self.scratch.requests, &self.scratch.sges);
+        // SAFETY: every element lies in a `Region` registered with this rail: pages are planned within the layout that
+        // the pool was checked by, a tail lies in its slot of the arena, and the range of an access was checked when
+        // it was asked for. `Memory` promises that a region is mapped, and under no Rust reference, until it is
+        // dropped. The `Arc` of its pool or export in the push's or access's entry, or of the arena, holds it until
+        // every request has ended, because an entry ends only when all that was posted for it has been retired
+        // (`PushMachine`, `access_retired`) or after `end_session` has destroyed the lanes, as it does when a post
+        // fails half-way. (So no message of a peer may end an access that moves bytes, as `region_accepted` and
+        // `region_refused` end one that opens.) When the core is dropped, its rails go before the entries. An exported
+        // region may be deregistered under an access whose caller has gone: its memory stays, the request fails. That
+        // source pages do not change is asked of the pusher; if they do, the peer gets a mix. Inline elements are
+        // tails, which nobody writes once the push is finished.
+        let result = unsafe {
+            self.rail
+                .context
+                .post(lane.id, &self.scratch.requests, &self.scratch.sges)
+        };
         let mut posted = match &result {
             Ok(()) => self.scratch.requests.len(),
             Err(error) => error.posted.min(self.scratch.requests.len()),

@@ -13,6 +13,7 @@ use crate::{
         control::ConnId,
         shared::{ArrivalShared, PoolHandle, TailSlot},
     },
+    fabric::FabricError,
     memory::Region,
     protocol::{ArrivalAction, ArrivalEnd, ArrivalMachine, Blocks, PartMap, PartOutcome, Time},
     wire::{
@@ -22,7 +23,7 @@ use crate::{
     },
 };
 
-/// How long a writer has until it must have answered anything at all; see `Config::revoke_grace`.
+/// Peers do not have to show that they are alive: every wait has a deadline of its own.
 const KEEPALIVE_MS: u32 = 0;
 
 /// One grant that has not ended.
@@ -197,7 +198,8 @@ impl Core {
                             .connect_lane(id, &offer.address, host, false)
                     });
             if let Err(error) = made {
-                self.destroy_lanes(&mut lanes);
+                // Nothing has gone through them; an error has been logged and the rail set aside.
+                let _ = self.destroy_lanes(&mut lanes);
                 return Err((RejectCode::LaneSetup, error.to_string()));
             }
         }
@@ -442,12 +444,7 @@ impl Core {
             return;
         };
         match action {
-            ArrivalAction::None => {
-                self.timers.at(
-                    arrival.machine.next_deadline().filter(|&at| at > self.now),
-                    Timer::Arrival(slot),
-                );
-            }
+            ArrivalAction::None => {}
             ArrivalAction::SendRevoke { expired } => {
                 self.timers
                     .at(arrival.machine.next_deadline(), Timer::Arrival(slot));
@@ -510,16 +507,35 @@ impl Core {
         }
     }
 
-    /// The lanes of a session are gone: nothing of its grants can land any more.
-    pub(super) fn stop_arrivals(&mut self, session: &Session, error: &PeerError) {
+    /// The lanes of a session are gone: nothing of its grants can land any more. Unless they could not be fenced: then
+    /// its pages are never given back.
+    pub(super) fn stop_arrivals(
+        &mut self,
+        session: &Session,
+        error: &PeerError,
+        unfenced: Option<&FabricError>,
+    ) {
         for slot in session.slots.iter().flatten() {
             let Some(arrival) = self.arrivals.get_mut(slot) else {
                 continue;
             };
-            let action = arrival
-                .machine
-                .unreachable(ArrivalError::Peer(error.clone()));
-            self.arrival_action(*slot, action);
+            let Some(source) = unfenced else {
+                let action = arrival
+                    .machine
+                    .unreachable(ArrivalError::Peer(error.clone()));
+                self.arrival_action(*slot, action);
+                continue;
+            };
+            let Some(arrival) = self.arrivals.remove(slot) else {
+                continue;
+            };
+            let failure = ArrivalError::Unfenced(Box::new(source.clone()));
+            arrival
+                .shared
+                .signal
+                .update(|state| state.end = Some(Err(failure)));
+            // Its memory, its reservation and its tail buffer stay as they are for the life of the process.
+            std::mem::forget(arrival);
         }
     }
 

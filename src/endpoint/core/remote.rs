@@ -2,13 +2,15 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use parking_lot::Mutex;
+
 use super::{Rail, session::Session, writer::PushEntry};
 use crate::{
-    endpoint::{PeerError, PushError, config::Config},
+    endpoint::{PeerError, PushError, config::Config, shared::PoolRecord},
     fabric::RemoteKey,
-    kv::{KvLayout, PlanError, PlanLimits, Planner, Side},
+    kv::{HeadRange, KvLayout, PlanError, PlanLimits, Planner, Side},
     protocol::Blocks,
-    wire::{Accept, Imm, PoolDescriptor},
+    wire::{Accept, Imm, PoolDescriptor, PoolId, TailHeader},
 };
 
 /// Where a region of the peer is, through one of its rails.
@@ -24,10 +26,16 @@ pub(super) struct RemotePool {
     layout: KvLayout,
     /// By the peer's rail: one target for each region.
     pub(super) targets: HashMap<u8, Arc<[Target]>>,
+    /// Made for this layout, so they live and end with it: by source pool, heads and limits.
+    planners: Mutex<HashMap<(PoolId, HeadRange, PlanLimits), Arc<Planner>>>,
 }
 
+/// Planners kept for one pool of a peer. Grants name their heads, so a peer could ask for any number.
+const MAX_PLANNERS: usize = 64;
+
 impl RemotePool {
-    /// Checks what the peer told: the layout must lie in the regions, and each rail must reach all of them.
+    /// Checks what the peer told: the layout must lie in the regions, the regions in the address space, and each rail
+    /// that counts must have one key for each region.
     fn new(descriptor: PoolDescriptor) -> Result<Self, PlanError> {
         let lengths: Vec<u64> = descriptor
             .regions
@@ -42,25 +50,45 @@ impl RemotePool {
                 error,
             })?;
         let mut targets: HashMap<u8, Vec<Target>> = HashMap::new();
-        for region in &descriptor.regions {
+        for (index, region) in descriptor.regions.iter().enumerate() {
             for key in &region.keys {
-                let target = Target {
-                    address: key.address,
-                    key: key.rkey,
-                };
-                targets.entry(key.rail).or_default().push(target);
+                let list = targets.entry(key.rail).or_default();
+                // Otherwise the list falls behind, and the rail is dropped below.
+                if list.len() == index && key.address.checked_add(region.length).is_some() {
+                    list.push(Target {
+                        address: key.address,
+                        key: key.rkey,
+                    });
+                }
             }
         }
-        // A rail that lacks a region could not tell which of its keys is whose.
         targets.retain(|_, list| list.len() == lengths.len());
-        let targets = targets
-            .into_iter()
-            .map(|(rail, list)| (rail, list.into()))
-            .collect();
         Ok(Self {
             layout: descriptor.layout,
-            targets,
+            targets: targets
+                .into_iter()
+                .map(|(rail, list)| (rail, list.into()))
+                .collect(),
+            planners: Mutex::default(),
         })
+    }
+
+    fn planner(
+        &self,
+        source: &PoolRecord,
+        heads: HeadRange,
+        limits: PlanLimits,
+    ) -> Result<Arc<Planner>, PlanError> {
+        let mut planners = self.planners.lock();
+        if let Some(planner) = planners.get(&(source.id, heads, limits)) {
+            return Ok(Arc::clone(planner));
+        }
+        let planner = Arc::new(Planner::new(&source.layout, &self.layout, heads, limits)?);
+        if planners.len() >= MAX_PLANNERS {
+            planners.clear();
+        }
+        planners.insert((source.id, heads, limits), Arc::clone(&planner));
+        Ok(planner)
     }
 }
 
@@ -96,7 +124,6 @@ pub(super) fn prepare(
     {
         return Err(protocol("a rail without keys"));
     }
-    let layout = &push.source.record.layout;
     let limits = PlanLimits {
         max_sge: session
             .lanes
@@ -111,13 +138,7 @@ pub(super) fn prepare(
             .fold(u64::from(config.max_write), u64::min)
             .clamp(1, u32::MAX.into()) as u32,
     };
-    let planner = push.source.record.planner(
-        push.grant.issuer(),
-        pool,
-        push.grant.heads(),
-        limits,
-        || Planner::new(layout, &remote.layout, push.grant.heads(), limits),
-    )?;
+    let planner = remote.planner(&push.source.record, push.grant.heads(), limits)?;
     let pages = push.grant.pages();
     if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
         let error = PlanError::PageOutOfRange {
@@ -143,6 +164,14 @@ pub(super) fn prepare(
     }
     push.lane_of = vec![None; remaining.len()];
     push.remaining = remaining;
+    let tail_room = u64::from(accept.tail.capacity) + TailHeader::SIZE as u64;
+    if accept.tail.address.checked_add(tail_room).is_none()
+        || accept.tail.capacity < push.grant.tail_capacity()
+    {
+        return Err(protocol(
+            "a tail outside of the address space, or shorter than granted",
+        ));
+    }
     push.tail_targets = accept
         .tail
         .keys

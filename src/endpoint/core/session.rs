@@ -241,15 +241,24 @@ impl Core {
         }
     }
 
-    /// Fences and frees `lanes`. On return nothing of the peer can land through them.
-    pub(super) fn destroy_lanes(&mut self, lanes: &mut [Lane]) {
+    /// Fences and frees `lanes`. On success nothing of the peer can land through them.
+    ///
+    /// A device that refuses to end a queue pair is not to be trusted: the first such error is returned, its rail is
+    /// not used again, and the reservations of the lane are not given back.
+    pub(super) fn destroy_lanes(&mut self, lanes: &mut [Lane]) -> Result<(), FabricError> {
+        let mut result = Ok(());
         for lane in lanes {
             self.lanes.remove(&(lane.rail, lane.id));
             let rail = &mut self.rails[lane.rail];
-            rail.completions_free += lane.reserved;
-            if let Err(error) = rail.context.destroy_lane(lane.id) {
-                tracing::error!(%error, "a lane could not be destroyed");
+            match rail.context.destroy_lane(lane.id) {
+                Ok(()) => rail.completions_free += lane.reserved,
+                Err(error) => {
+                    tracing::error!(%error, "a lane could not be fenced");
+                    rail.dead = true;
+                    result = result.and(Err(error));
+                }
             }
         }
+        result
     }
 }

@@ -211,11 +211,8 @@ impl Core {
     /// The reader does not take this grant.
     pub(super) fn refused(&mut self, conn: ConnId, refuse: Refuse) {
         // The number is the peer's word: it may name a push to somebody else.
-        if !self
-            .pushes
-            .get(&refuse.push)
-            .is_some_and(|push| push.conn == Some(conn))
-        {
+        let push = self.pushes.get(&refuse.push);
+        if push.is_none_or(|push| push.conn != Some(conn)) {
             return;
         }
         let error = PushError::Refused {

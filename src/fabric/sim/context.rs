@@ -181,7 +181,7 @@ impl Context for SimContext {
         Ok(())
     }
 
-    fn post(
+    unsafe fn post(
         &mut self,
         lane: LaneId,
         requests: &[WorkRequest],
@@ -195,7 +195,8 @@ impl Context for SimContext {
             let source = self.no_lane("post", lane);
             return Err(PostError { posted: 0, source });
         }
-        world.post(at, requests, sges)
+        // SAFETY: the caller's promise.
+        unsafe { world.post(at, requests, sges) }
     }
 
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {

@@ -57,9 +57,9 @@ impl Span {
         out.reserve(self.length);
         let source = self.address as *const u8;
         // SAFETY: the span lies inside a live registration, which by the contract of `Device::register` stays mapped
-        // and readable, or is an inline element, which the poster owns (see `read_inline`); `out` has `length` bytes
-        // of spare capacity, which the copy initialises. Others may write the source meanwhile, as they may under a
-        // NIC's DMA; every value of a byte is valid.
+        // and readable, or is an inline element, which the caller of `read_inline` promises to be readable; `out` has
+        // `length` bytes of spare capacity, which the copy initialises. Others may write registered memory meanwhile,
+        // as they may under a NIC's DMA; every value of a byte is valid.
         unsafe {
             let end = out.as_mut_ptr().add(out.len());
             std::ptr::copy_nonoverlapping(source, end, self.length);
@@ -78,8 +78,12 @@ impl Span {
     }
 }
 
-/// Copies the payload of an inline request during the post.
-pub(super) fn read_inline(sges: &[Sge]) -> Vec<u8> {
+/// Copies the payload of an inline request during the post. As in verbs, there is no key to check it by.
+///
+/// # Safety
+///
+/// The elements must be readable, and nobody may be writing them, during the call.
+pub(super) unsafe fn read_inline(sges: &[Sge]) -> Vec<u8> {
     let mut data = Vec::new();
     for sge in sges.iter().filter(|sge| sge.length > 0) {
         let span = Span {
@@ -87,8 +91,6 @@ pub(super) fn read_inline(sges: &[Sge]) -> Vec<u8> {
             length: sge.length as usize,
             offset: 0,
         };
-        // An inline element names readable memory of the poster for as long as the post lasts
-        // (`WorkRequest::inline`); as in verbs, there is no key to check that by.
         span.read(&mut data);
     }
     data

@@ -9,7 +9,10 @@ use super::{
 use crate::fabric::{FabricErrorKind, Opcode, PostError, Sge, Status, WorkRequest};
 
 impl World {
-    pub(super) fn post(
+    /// # Safety
+    ///
+    /// As for [`crate::fabric::Context::post`].
+    pub(super) unsafe fn post(
         &mut self,
         at: At,
         requests: &[WorkRequest],
@@ -24,7 +27,8 @@ impl World {
             let accepted = if fails_at == Some(index) {
                 Err(FabricErrorKind::Os(libc::ENOMEM))
             } else {
-                self.accept(at, request, sges)
+                // SAFETY: the caller's promise for each of its requests.
+                unsafe { self.accept(at, request, sges) }
             };
             if let Err(kind) = accepted {
                 if matches!(kind, FabricErrorKind::QueueFull { .. }) {
@@ -44,7 +48,10 @@ impl World {
         result
     }
 
-    fn accept(
+    /// # Safety
+    ///
+    /// As for [`crate::fabric::Context::post`] of this request.
+    unsafe fn accept(
         &mut self,
         at: At,
         request: &WorkRequest,
@@ -89,7 +96,8 @@ impl World {
                 return Err(FabricErrorKind::Os(libc::EINVAL));
             }
             limit("inline bytes", length, lane.config.max_inline.into())?;
-            Payload::Inline(read_inline(gather))
+            // SAFETY: the caller promises that the elements of an inline request are readable during the post.
+            Payload::Inline(unsafe { read_inline(gather) })
         } else {
             Payload::Gather(gather.to_vec())
         };

@@ -342,7 +342,7 @@ impl Context for TcpContext {
         Ok(())
     }
 
-    fn post(
+    unsafe fn post(
         &mut self,
         lane: LaneId,
         requests: &[WorkRequest],
@@ -357,7 +357,9 @@ impl Context for TcpContext {
         }
         let mut outcome = Ok(());
         for (posted, request) in requests.iter().enumerate() {
-            if let Err(kind) = state.send.push(request, sges, &mut self.memory) {
+            // SAFETY: the caller's promise for each of its requests.
+            let pushed = unsafe { state.send.push(request, sges, &mut self.memory) };
+            if let Err(kind) = pushed {
                 outcome = refuse(posted, self.device.error("post", kind));
                 break;
             }

@@ -130,7 +130,11 @@ impl SendQueue {
     }
 
     /// Accepts one request.
-    pub(super) fn push(
+    ///
+    /// # Safety
+    ///
+    /// As for [`crate::fabric::Context::post`] of this request.
+    pub(super) unsafe fn push(
         &mut self,
         request: &WorkRequest,
         sges: &[Sge],
@@ -169,8 +173,8 @@ impl SendQueue {
                 let Some((piece, rest)) = room.split_at_mut_checked(sge.length as usize) else {
                     return limit("inline payload", length, self.max_inline as u64);
                 };
-                // SAFETY: the poster of an inline request names memory that is readable during the post, as with
-                // IBV_SEND_INLINE (ibv_post_send(3)).
+                // SAFETY: the caller promises that the elements of an inline request are readable during the post, as
+                // with IBV_SEND_INLINE (ibv_post_send(3)).
                 unsafe { sys::copy_from(sge.address, piece) };
                 room = rest;
             }

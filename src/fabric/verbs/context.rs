@@ -365,7 +365,7 @@ impl Context for VerbsContext {
         Ok(())
     }
 
-    fn post(
+    unsafe fn post(
         &mut self,
         lane: LaneId,
         requests: &[WorkRequest],
@@ -399,7 +399,8 @@ impl Context for VerbsContext {
             }
             return Ok(());
         }
-        self.poster.post(self.device.place(), lane, requests, sges)
+        // SAFETY: the caller's promise.
+        unsafe { self.poster.post(self.device.place(), lane, requests, sges) }
     }
 
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {

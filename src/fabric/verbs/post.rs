@@ -48,7 +48,11 @@ impl Poster {
     }
 
     /// Posts `requests` to `lane`, in order. A failed lane takes them, too, and its device flushes them.
-    pub(super) fn post(
+    ///
+    /// # Safety
+    ///
+    /// As for [`crate::fabric::Context::post`].
+    pub(super) unsafe fn post(
         &mut self,
         place: &Place,
         lane: &mut Lane,
@@ -69,8 +73,10 @@ impl Poster {
         while let Some(rest) = requests.get(posted..).filter(|rest| !rest.is_empty()) {
             let (filled, refused) = self.fill(place, lane, rest, sges);
             if filled > 0 {
-                // SAFETY: a connected or failed lane's queue pair is live; `fill` has just linked the first `filled` requests
-                // into a chain that ends in null and whose gather lists lie in `self.sges`.
+                // SAFETY: a connected or failed lane's queue pair is live; `fill` has just linked the first `filled`
+                // requests into a chain that ends in null and whose gather lists lie in `self.sges`. What those name
+                // is for the caller to answer for: the driver copies inline elements by address, the device checks
+                // the keys of all others.
                 let result = unsafe { sys::ibv_post_send(lane.qp, self.sends.as_mut_ptr()) };
                 let accepted = match &result {
                     Ok(()) => filled,

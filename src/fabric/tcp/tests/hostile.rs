@@ -20,13 +20,7 @@ fn scene() -> Scene {
     let mut end = End::new(patient());
     let memory = Block::new(3 * PAGE, 0x5a);
     // Only the middle page is registered.
-    // SAFETY: the scene keeps the block, which is accessed by raw pointers only.
-    let keys = unsafe {
-        let middle = memory.address() + PAGE as u64;
-        end.device
-            .register(middle, PAGE as u64, Access::REMOTE_WRITE)
-            .unwrap()
-    };
+    let keys = end.register_part(&memory, PAGE, PAGE, Access::REMOTE_WRITE);
     let (lane, address) = end.awaiting();
     let raw = Raw::join(&mut end, &address, 0);
     Scene {
@@ -248,7 +242,6 @@ fn peer_that_dies_in_mid_frame_fails_the_lane() {
     let keys = s.end.register(&from, Access::LOCAL);
     let requests = [1, 2].map(|id| write(id, Opcode::Write, 0, RemoteKey(1), 1));
     s.end
-        .context
         .post(s.lane, &requests, &[piece(&from, keys.local)])
         .unwrap();
     let header = s.frame(Op::Write, 0, PAGE);
@@ -364,7 +357,7 @@ fn random_frames_never_write_outside() {
         }
         drop(s.raw);
         let late = write(1, Opcode::Write, 0, RemoteKey(0), 0);
-        s.end.context.post(s.lane, &[late], &[]).unwrap();
+        s.end.post(s.lane, &[late], &[]).unwrap();
         s.end.until("the end", |end| end.sends().len() == 1);
         assert_ne!(s.end.sends(), [(1, Status::Success)]);
         let found = s.memory.bytes();
@@ -388,8 +381,7 @@ fn source_of_a_read_may_end_while_it_streams() {
     a.context.connect_lane(lane_a, &at_b, HOST, true).unwrap();
     let read = write(1, Opcode::Read, there.address(), remote.remote, 1);
     let after = write(2, Opcode::Write, there.address(), remote.remote, 0);
-    a.context
-        .post(lane_a, &[read, after], &[piece(&here, local.local)])
+    a.post(lane_a, &[read, after], &[piece(&here, local.local)])
         .unwrap();
     let first = here.0[0].get();
     a.until("the first byte", |_| {

@@ -4,8 +4,10 @@ mod hostile;
 mod timeouts;
 
 use std::{
+    cell::UnsafeCell,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, TcpStream},
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,7 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::{
     super::{
         Access, Completion, CompletionKind, Context, Device, LaneAddress, LaneConfig, LaneId,
-        LocalKey, MemoryKeys, Opcode, RemoteKey, Sge, Status, WorkRequest,
+        LocalKey, MemoryKeys, Opcode, PostError, RemoteKey, Sge, Status, WorkRequest,
     },
     TcpConfig, TcpDevice,
     wire::{Header, Hello, Token, decode_address, encode_address},
@@ -56,6 +58,8 @@ struct End {
     context: Box<dyn Context>,
     device: Arc<TcpDevice>,
     done: Vec<Completion>,
+    /// What is registered. Dropped after the context and the device.
+    registered: Vec<Block>,
 }
 
 impl End {
@@ -68,6 +72,7 @@ impl End {
             context,
             device,
             done: Vec::new(),
+            registered: Vec::new(),
         }
     }
 
@@ -112,18 +117,44 @@ impl End {
         (lane, address)
     }
 
-    fn register(&self, memory: &Block, access: Access) -> MemoryKeys {
-        // SAFETY: every test keeps the block until its end and accesses it by raw pointers.
+    fn register(&mut self, memory: &Block, access: Access) -> MemoryKeys {
+        self.register_part(memory, 0, memory.0.len(), access)
+    }
+
+    fn register_part(
+        &mut self,
+        memory: &Block,
+        offset: usize,
+        length: usize,
+        access: Access,
+    ) -> MemoryKeys {
+        assert!(offset + length <= memory.0.len());
+        self.registered.push(memory.clone());
+        // SAFETY: in bounds (asserted) of a block that this end keeps until its context and device are dropped, and
+        // that is accessed only by raw pointers.
         unsafe {
             self.device
-                .register(memory.address(), memory.0.len() as u64, access)
+                .register(memory.address() + offset as u64, length as u64, access)
         }
         .unwrap()
     }
+
+    /// Posts requests that are not inline, over gather lists made by [`piece`].
+    fn post(
+        &mut self,
+        lane: LaneId,
+        requests: &[WorkRequest],
+        sges: &[Sge],
+    ) -> Result<(), PostError> {
+        // SAFETY: the elements are blocks registered here, so kept until context and device are dropped, whose bytes no
+        // test changes or refers to.
+        unsafe { self.context.post(lane, requests, sges) }
+    }
 }
 
-/// Memory that is read and written through raw pointers.
-struct Block(Box<[std::cell::UnsafeCell<u8>]>);
+/// Memory that is read and written through raw pointers. Clones are the same memory.
+#[derive(Clone)]
+struct Block(Rc<[UnsafeCell<u8>]>);
 
 impl Block {
     fn new(length: usize, fill: u8) -> Self {

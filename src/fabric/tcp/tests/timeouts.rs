@@ -28,7 +28,7 @@ fn refused_connection_fails_the_lane() {
     end.context
         .connect_lane(lane, &closed_port(), HOST, true)
         .unwrap();
-    end.context.post(lane, &signals(2), &[]).unwrap();
+    end.post(lane, &signals(2), &[]).unwrap();
     end.until("the failure", |end| end.sends().len() == 2);
     expect_lost(&end);
     let errno = end.done.iter().map(|c| c.vendor_error).max();
@@ -43,7 +43,7 @@ fn first_post_after_a_loss_learns_the_reason() {
         .connect_lane(lane, &closed_port(), HOST, true)
         .unwrap();
     end.until("flushed receives", |end| end.has_failed());
-    end.context.post(lane, &signals(2), &[]).unwrap();
+    end.post(lane, &signals(2), &[]).unwrap();
     end.until("the failure", |end| end.sends().len() == 2);
     expect_lost(&end);
 }
@@ -52,7 +52,7 @@ fn first_post_after_a_loss_learns_the_reason() {
 fn acceptor_gives_up_when_nobody_dials() {
     let mut end = End::new(impatient());
     let (lane, _) = end.awaiting();
-    end.context.post(lane, &signals(2), &[]).unwrap();
+    end.post(lane, &signals(2), &[]).unwrap();
     end.until("the failure", |end| end.sends().len() == 2);
     expect_lost(&end);
 }
@@ -66,7 +66,7 @@ fn dialler_gives_up_when_nobody_answers() {
     end.context
         .connect_lane(lane, &address, HOST, true)
         .unwrap();
-    end.context.post(lane, &signals(2), &[]).unwrap();
+    end.post(lane, &signals(2), &[]).unwrap();
     end.until("the failure", |end| end.sends().len() == 2);
     expect_lost(&end);
 }
@@ -79,7 +79,7 @@ fn dialler_refuses_an_impostor() {
     let (_, token) = decode_address(&address).unwrap();
     let remote = encode_address(listener.local_addr().unwrap().port(), &PEER).unwrap();
     end.context.connect_lane(lane, &remote, HOST, true).unwrap();
-    end.context.post(lane, &signals(2), &[]).unwrap();
+    end.post(lane, &signals(2), &[]).unwrap();
     let mut raw = Raw(listener.accept().unwrap().0);
     let hello = end.poll_while_reading(&mut raw, Hello::BYTES);
     let hello = Hello::decode(&hello).unwrap();
@@ -97,7 +97,7 @@ fn peer_without_receives_exhausts_the_retries() {
     let (lane_b, at_b) = b.context.create_lane(&LANE).unwrap();
     b.context.connect_lane(lane_b, &at_a, HOST, false).unwrap();
     a.context.connect_lane(lane_a, &at_b, HOST, true).unwrap();
-    a.context.post(lane_a, &signals(6), &[]).unwrap();
+    a.post(lane_a, &signals(6), &[]).unwrap();
     a.until("the failure", |a| {
         b.poll();
         a.sends().len() == 6
@@ -113,7 +113,7 @@ fn dialling_first_is_fine() {
     let (lane_a, at_a) = a.context.create_lane(&LANE).unwrap();
     let (lane_b, at_b) = b.context.create_lane(&LANE).unwrap();
     a.context.connect_lane(lane_a, &at_b, HOST, true).unwrap();
-    a.context.post(lane_a, &signals(1), &[]).unwrap();
+    a.post(lane_a, &signals(1), &[]).unwrap();
     for _ in 0..50 {
         a.poll();
         b.poll();
@@ -143,7 +143,7 @@ fn deadline_beyond_the_clock_is_no_deadline() {
         ..patient()
     });
     let (lane, _) = end.awaiting();
-    end.context.post(lane, &signals(1), &[]).unwrap();
+    end.post(lane, &signals(1), &[]).unwrap();
     end.poll();
     assert!(end.done.is_empty());
 }

@@ -154,9 +154,9 @@ impl VerbsContext {
             lane.qp = ptr::null_mut();
         }
         // A broken completion queue is for the next poll to report: the lane itself is fenced.
-        if let Err(error) = drained {
+        if let Err(error) = drained.and_then(|()| self.settle_failures()) {
             tracing::warn!(%error, "fence");
         }
-        self.settle_failures()
+        Ok(())
     }
 }
