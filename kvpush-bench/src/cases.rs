@@ -6,6 +6,7 @@ use crate::{
     cli::WorkloadArgs,
     error::{Error, Result},
     measure::bytes_text,
+    out,
     workload::{Side, Workload},
 };
 
@@ -111,8 +112,7 @@ fn apply(args: &WorkloadArgs, case: &mut Workload) -> Result<()> {
         case.layout = layout;
     }
     case.lanes = args.lanes;
-    // Whole seconds go over the wire.
-    case.timeout_seconds = u32::try_from(args.timeout.as_secs().max(1)).unwrap_or(u32::MAX);
+    case.timeout_seconds = args.timeout;
     Ok(())
 }
 
@@ -132,7 +132,7 @@ fn shrink(case: &mut Workload, limits: &[(&[Side], Option<u64>)]) -> Result<()> 
         }
     }
     if before != (case.requests, case.pages) {
-        eprintln!(
+        out::note(format_args!(
             "kvpush-bench: {}: {} request(s) of {} pages instead of {} of {}, because memory is short ({})",
             case.title(),
             case.requests,
@@ -144,7 +144,7 @@ fn shrink(case: &mut Workload, limits: &[(&[Side], Option<u64>)]) -> Result<()> 
                 .filter_map(|(_, limit)| *limit)
                 .min()
                 .map_or(String::new(), bytes_text),
-        );
+        ));
     }
     Ok(())
 }

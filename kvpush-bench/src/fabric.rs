@@ -10,6 +10,7 @@ use kvpush::{
 use crate::{
     cli::{FabricArgs, FabricChoice, KeyArgs},
     error::{Context, Error, Result},
+    out,
     wire::Rail,
     workload::Workload,
 };
@@ -20,9 +21,9 @@ impl KeyArgs {
         match &self.key {
             Some(key) => Auth::passphrase(key),
             None => {
-                eprintln!(
+                out::note(format_args!(
                     "kvpush-bench: warning: --insecure: nothing is authenticated or encrypted"
-                );
+                ));
                 Auth::insecure_plaintext()
             }
         }
@@ -32,11 +33,11 @@ impl KeyArgs {
 impl FabricArgs {
     /// Refuses settings that contradict each other.
     pub(crate) fn check(&self) -> Result<()> {
-        let rdma =
-            !self.devices.is_empty() || self.gid_index.is_some() || self.traffic_class.is_some();
+        let numbers = [self.gid_index, self.traffic_class, self.ack_timeout];
+        let rdma = !self.devices.is_empty() || numbers.iter().any(Option::is_some);
         if self.fabric == FabricChoice::Tcp && rdma {
             return Err(Error::usage(
-                "--devices, --gid-index and --traffic-class are of no use with --fabric tcp",
+                "--devices, --gid-index, --traffic-class and --ack-timeout are of no use with --fabric tcp",
             ));
         }
         Ok(())
@@ -50,10 +51,12 @@ impl FabricArgs {
         name: String,
         workload: &Workload,
     ) -> Result<Endpoint> {
+        let defaults = VerbsConfig::default();
         let verbs = VerbsConfig {
             gid_index: self.gid_index,
-            traffic_class: self.traffic_class.unwrap_or(0),
-            ..VerbsConfig::default()
+            traffic_class: self.traffic_class.unwrap_or(defaults.traffic_class),
+            timeout: self.ack_timeout.unwrap_or(defaults.timeout),
+            ..defaults
         };
         let pairs = workload.pairs()?.len() as u32;
         let transfers = workload

@@ -13,7 +13,7 @@ use crate::{
     cases,
     cli::{FabricArgs, FabricChoice, RunArgs},
     error::{Context, Error, Result},
-    measure,
+    measure, out,
     push::Session,
     serve::CHILD_KEY,
     wire::to_hex,
@@ -29,11 +29,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     random_bytes(&mut key)?;
     let key = to_hex(&key);
     let mut decode = Decode::start(&args.fabric, &key)?;
-    println!(
+    out::say(format_args!(
         "prefill: process {}; decode: process {}",
         std::process::id(),
         decode.child.id()
-    );
+    ));
     let address = decode.address.clone();
     Session::open(&address, args, Auth::passphrase(&key))
         .and_then(|mut session| session.run_all(&cases))
@@ -122,6 +122,7 @@ fn arguments(fabric: &FabricArgs) -> Vec<String> {
     for (name, value) in [
         ("--gid-index", fabric.gid_index),
         ("--traffic-class", fabric.traffic_class),
+        ("--ack-timeout", fabric.ack_timeout),
     ] {
         arguments.extend(
             value

@@ -8,6 +8,7 @@
 //! | `wire` | messages between pusher and server |
 //! | `push`, `serve`, `local` | the three ways to run: against a server, as one, and both here |
 //! | `report` | table, JSON rows, plot |
+//! | `out`, `signals`, `measure` | words for people; Ctrl-C; CPU time, memory |
 //! | `host` | what this host has: `devices`, `doctor`, and why the better fabric was not used |
 //!
 //! Exit codes: 0 everything verified, 1 something failed, 2 the command line makes no sense.
@@ -20,6 +21,7 @@ mod fabric;
 mod host;
 mod local;
 mod measure;
+mod out;
 mod push;
 mod report;
 mod serve;
@@ -47,7 +49,7 @@ fn main() -> ExitCode {
                 .exit()
         }
         Err(error) => {
-            eprintln!("kvpush-bench: {error}");
+            out::note(format_args!("kvpush-bench: {error}"));
             ExitCode::FAILURE
         }
     }

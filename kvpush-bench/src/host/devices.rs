@@ -11,6 +11,7 @@ use crate::{
     cli::HostArgs,
     error::{Context, Result},
     measure::bytes_text,
+    out,
     report::compact_table,
 };
 
@@ -18,12 +19,9 @@ use crate::{
 pub(crate) fn devices(args: &HostArgs) -> Result<()> {
     let found = inventory();
     if args.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&json(&found)).context("encode the inventory")?
-        );
+        out::say(serde_json::to_string_pretty(&json(&found)).context("encode the inventory")?);
     } else {
-        print!("{}", text(&found));
+        out::say(text(&found).trim_end());
     }
     Ok(())
 }
@@ -166,7 +164,10 @@ fn limits(found: &Inventory) -> Table {
             caps.max_sge.to_string(),
             caps.max_cqe.to_string(),
             caps.max_mr.to_string(),
-            bytes_text(caps.max_mr_size),
+            match caps.max_mr_size {
+                u64::MAX => "no limit".to_owned(),
+                bytes => bytes_text(bytes),
+            },
             caps.max_qp_rd_atom.to_string(),
         ]);
     }
@@ -295,4 +296,133 @@ fn port_json(port: &PortFacts) -> Value {
         "gids": port.gids.iter().map(gid).collect::<Vec<_>>(),
         "error": port.refused.map(errno_text),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvpush::fabric::verbs::{
+        DeviceCaps, Gid, GidEntry, GidType, LinkLayer, Mtu, NetdevFacts, PortState, Transport,
+        UnopenedDevice,
+    };
+
+    fn gid(index: u32, address: &str, kind: GidType) -> GidEntry {
+        let gid = Gid(address.parse::<std::net::Ipv6Addr>().unwrap().octets());
+        GidEntry {
+            index,
+            gid,
+            kind,
+            netdev: Some("eth1".into()),
+        }
+    }
+
+    fn host_with_a_nic() -> Inventory {
+        let port = PortFacts {
+            number: 1,
+            state: PortState::Active,
+            physical_state: 5,
+            link: LinkLayer::Ethernet,
+            active_mtu: Some(Mtu::M1024),
+            max_mtu: Some(Mtu::M4096),
+            max_message: 1 << 30,
+            bits_per_second: 400_000_000_000,
+            lid: 0,
+            sm_lid: 0,
+            grh_required: true,
+            refused: None,
+            gids: vec![
+                gid(0, "fe80::1", GidType::RoceV1),
+                gid(3, "::ffff:10.0.0.1", GidType::RoceV2),
+            ],
+            netdevs: vec![NetdevFacts {
+                name: "eth1".into(),
+                mtu: Some(1500),
+            }],
+        };
+        let device = DeviceFacts {
+            name: "mlx5_0".into(),
+            node_guid: 0xab,
+            firmware: "28.43".into(),
+            transport: Transport::InfiniBand,
+            caps: DeviceCaps {
+                max_mr_size: u64::MAX,
+                max_srq: 5,
+                max_srq_wr: 77,
+                ..DeviceCaps::default()
+            },
+            dmabuf: DmabufSupport::Supported,
+            relaxed_ordering: Err(libc::EOPNOTSUPP),
+            numa_node: Some(1),
+            pci: Some("0000:81:00.0".into()),
+            ports: vec![port],
+        };
+        let mut found = Inventory {
+            library: LibraryFacts::Loaded {
+                name: "libibverbs.so.1".into(),
+            },
+            devices: vec![device],
+            unopened: vec![UnopenedDevice {
+                name: "odd0".into(),
+                operation: "ibv_open_device",
+                errno: libc::EACCES,
+            }],
+            ..Inventory::default()
+        };
+        found.host.memlock = Memlock::Bytes(8 << 20);
+        found
+    }
+
+    #[test]
+    fn a_person_finds_everything() {
+        let text = text(&host_with_a_nic());
+        for words in [
+            "libibverbs.so.1",
+            "at most 8 MiB",
+            "mlx5_0:1",
+            "Ethernet",
+            "ACTIVE (LINK_UP)",
+            "400 Gb/s",
+            "eth1 (MTU 1500)",
+            "0000:81:00.0",
+            "RoCE v1",
+            "5 of 77",
+            "no limit",
+            "odd0 cannot be used: ibv_open_device: Permission denied",
+        ] {
+            assert!(text.contains(words), "no {words:?} in\n{text}");
+        }
+        let used: Vec<_> = text
+            .lines()
+            .filter(|line| line.trim_end().ends_with("used"))
+            .collect();
+        assert!(
+            used.len() == 1 && used[0].contains("::ffff:10.0.0.1"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_script_finds_everything() {
+        let found = json(&host_with_a_nic());
+        let device = &found["devices"][0];
+        let port = &device["ports"][0];
+        assert_eq!(
+            (
+                &device["name"],
+                &device["dmabuf"],
+                &device["relaxed_ordering"]
+            ),
+            (&json!("mlx5_0"), &json!(true), &json!(false))
+        );
+        assert_eq!(
+            (&port["state"], &port["active_mtu"], &port["max_mtu"]),
+            (&json!("ACTIVE"), &json!(1024), &json!(4096))
+        );
+        assert_eq!(
+            (&port["gids"][0]["used"], &port["gids"][1]["used"]),
+            (&json!(false), &json!(true))
+        );
+        assert_eq!(found["memlock_bytes"], 8 << 20);
+        assert_eq!(found["unopened"][0]["name"], "odd0");
+    }
 }

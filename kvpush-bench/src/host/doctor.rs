@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     cli::HostArgs,
     error::{Context, Error, Result},
+    out,
 };
 
 /// Prints what is wrong and how to mend it. Fails if RDMA does not work here because of it.
@@ -18,12 +19,9 @@ pub(crate) fn doctor(args: &HostArgs) -> Result<()> {
     if args.json {
         let findings: Vec<_> = findings.iter().map(finding_json).collect();
         let report = json!({ "usable_ports": usable, "findings": findings });
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&report).context("encode the report")?
-        );
+        out::say(serde_json::to_string_pretty(&report).context("encode the report")?);
     } else {
-        print!("{}", text(&findings, &usable));
+        out::say(text(&findings, &usable).trim_end());
     }
     match findings
         .iter()

@@ -1,6 +1,6 @@
 //! One workload: pools and endpoints of the prefill ranks, rounds, and the row they make.
 
-use std::{thread, time::Duration};
+use std::{io::IsTerminal, thread, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kvpush::Endpoint;
@@ -10,14 +10,14 @@ use crate::{
     cli::Op,
     content::{Cache, Expected, Random},
     error::{Context, Error, Result},
-    fabric, measure,
+    fabric, measure, out,
     report::Row,
     signals,
     wire::{Connection, ToPusher, ToServer, Verified},
     workload::{Side, Workload},
 };
 
-/// A round that was not worth timing.
+/// The number of the round that does not count.
 const WARM_UP: u32 = 0;
 
 /// What one round measured.
@@ -48,12 +48,12 @@ pub(super) struct Round<'a> {
 }
 
 impl Session<'_> {
-    /// Runs one workload. `fabric_line` is what has been said about the fabric so far.
+    /// Runs one workload. `said` is what has been said about the fabric so far.
     pub(super) fn run_case(
         &mut self,
         workload: &Workload,
         seed: u64,
-        fabric_line: &mut Option<String>,
+        said: &mut Option<String>,
     ) -> Result<Row> {
         let ip = self.connection.local_ip()?;
         self.connection.send(&ToServer::Case {
@@ -84,9 +84,9 @@ impl Session<'_> {
             .unwrap_or_default();
         let our_reason = self.args.fabric.why_no_rdma(&our_rails);
         let chosen = fabric::choose(&our_rails, &their_rails, [our_reason, their_reason])?;
-        if fabric_line.as_ref() != Some(&chosen.line) {
-            println!("{}", chosen.line);
-            *fabric_line = Some(chosen.line.clone());
+        if said.as_ref() != Some(&chosen.line) {
+            out::say(&chosen.line);
+            *said = Some(chosen.line.clone());
         }
         if workload.op == Op::Push {
             for (cache, endpoint) in ranks.caches.iter_mut().zip(&ranks.endpoints) {
@@ -97,6 +97,7 @@ impl Session<'_> {
         let mut row = Row::new(workload, &chosen.fabric, rounds);
         let bar = progress(workload, rounds)?;
         let mut random = Random::new(seed);
+        let mut done = 0;
         for round in WARM_UP..=rounds {
             signals::check()?;
             // The first round only has to dial, to make lanes and to touch memory.
@@ -108,6 +109,8 @@ impl Session<'_> {
             let outcome = self.run_round(workload, &ranks, requests, random.next(), &bar);
             let (measured, verified) = outcome.inspect_err(|_| bar.abandon())?;
             let failed = verified.failure.is_some();
+            done += workload.round_bytes(requests)?;
+            bar.set_position(done);
             let measured =
                 (round != WARM_UP).then_some((&measured, workload.round_bytes(requests)?));
             row.add(measured, &verified);
@@ -118,8 +121,8 @@ impl Session<'_> {
         bar.finish_and_clear();
         self.connection.send(&ToServer::End)?;
         row.close();
-        if !console::is_terminal() {
-            eprintln!("{}", row.sentence());
+        if !std::io::stderr().is_terminal() {
+            out::note(row.sentence());
         }
         Ok(row)
     }
@@ -133,6 +136,7 @@ impl Session<'_> {
         bar: &ProgressBar,
     ) -> Result<(Measured, Verified)> {
         let timeout = Duration::from_secs(workload.timeout_seconds.into());
+        bar.set_message("filling");
         self.connection.send(&ToServer::Round { seed, requests })?;
         let tables = workload.page_tables(Side::Prefill, seed)?;
         let tables = tables.get(..requests as usize).unwrap_or(&tables);
@@ -176,6 +180,7 @@ impl Session<'_> {
         };
         if workload.op == Op::Push {
             let pushes = pages::open(&round, grants)?;
+            bar.set_message("pushing");
             self.connection.send(&ToServer::Start)?;
             let layers = u64::from(requests) * pages::pairs(&round)? * u64::from(workload.layers);
             let scale = workload.round_bytes(requests)? / layers.max(1);
@@ -183,8 +188,13 @@ impl Session<'_> {
         }
         let token = token.ok_or_else(|| Error::failed("the server sent no token"))?;
         let access = access::Access::open(&round, &token)?;
+        bar.set_message(match workload.op {
+            Op::Read => "reading",
+            Op::Push | Op::Write => "writing",
+        });
         self.connection.send(&ToServer::Start)?;
         let measured = access.run(&round, bar)?;
+        bar.set_message("verifying");
         if let (true, Op::Read, Some(cache)) = (plant, workload.op, ranks.caches.first()) {
             cache.damage(expected)?;
         }
@@ -193,7 +203,7 @@ impl Session<'_> {
         if let (Op::Read, Some(cache)) = (workload.op, ranks.caches.first()) {
             // What was read lies here.
             let (bytes, mismatch) = cache.verify(expected)?;
-            verified.bytes += bytes;
+            verified.bytes = verified.bytes.saturating_add(bytes);
             verified.failure =
                 verified
                     .failure
@@ -224,6 +234,7 @@ impl Session<'_> {
         thread::scope(|scope| {
             let listener = scope.spawn(move || listen(connection, timeout, bar, bytes_per_layer));
             let measured = work();
+            bar.set_message("verifying");
             if measured.is_err() {
                 // The server would go on waiting for pages that do not come.
                 thread::sleep(Duration::from_millis(100));
@@ -257,7 +268,10 @@ fn listen(
     loop {
         // Verification is silent, and takes long for many gigabytes.
         match connection.expect(timeout + SHORT)? {
-            ToPusher::Progress { layers } => bar.set_position(start + layers * bytes_per_layer),
+            ToPusher::Progress { layers } => {
+                let bytes = layers.saturating_mul(bytes_per_layer);
+                bar.set_position(start.saturating_add(bytes));
+            }
             ToPusher::Verified(verified) => return Ok(verified),
             other => return Err(unexpected(other)),
         }
@@ -267,24 +281,15 @@ fn listen(
 fn progress(workload: &Workload, rounds: u32) -> Result<ProgressBar> {
     let bytes =
         workload.round_bytes(1)? + workload.round_bytes(workload.requests)? * u64::from(rounds);
-    let template = "{prefix:28} {bar:32} {bytes:>10} / {total_bytes:10} {elapsed_precise}";
+    let template = "{prefix:28} {bar:32} {bytes:>10} / {total_bytes:10} {msg}";
     let style = ProgressStyle::with_template(template)
         .context("progress bar")?
         .progress_chars("=> ");
     let bar = ProgressBar::new(bytes)
         .with_style(style)
         .with_prefix(workload.title());
-    bar.tick();
+    bar.enable_steady_tick(Duration::from_millis(100));
     Ok(bar)
-}
-
-/// Whether people see the progress bar.
-mod console {
-    use std::io::IsTerminal;
-
-    pub(super) fn is_terminal() -> bool {
-        std::io::stderr().is_terminal()
-    }
 }
 
 impl Measured {

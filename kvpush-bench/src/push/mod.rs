@@ -10,7 +10,7 @@ mod wait;
 
 pub(crate) use self::case::Measured;
 use std::{
-    net::{TcpStream, ToSocketAddrs},
+    net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use crate::{
     cli::{DEFAULT_PORT, PushArgs, RunArgs},
     content::Random,
     error::{Context, Error, Result},
-    measure,
+    measure, out,
     report::{self, Row},
     wire::{Connection, PROTOCOL, ToPusher, ToServer},
     workload::{Side, Workload},
@@ -91,7 +91,7 @@ impl<'a> Session<'a> {
             Some(seed) => seed,
             None => random_seed()?,
         };
-        println!("seed: {seed}");
+        out::say(format_args!("seed: {seed}"));
         let mut random = Random::new(seed);
         let mut rows: Vec<Row> = Vec::new();
         let mut line = None;
@@ -133,19 +133,28 @@ fn unexpected(message: ToPusher) -> Error {
     }
 }
 
+/// `HOST` or `HOST:PORT`; IPv6 addresses with and without brackets.
+fn resolve(host: &str) -> std::io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = host.parse() {
+        return Ok(vec![address]);
+    }
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host);
+    if let Ok(ip) = bare.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(ip, DEFAULT_PORT)]);
+    }
+    if host.contains(':') {
+        return Ok(host.to_socket_addrs()?.collect());
+    }
+    Ok((host, DEFAULT_PORT).to_socket_addrs()?.collect())
+}
+
 fn dial(host: &str) -> Result<(TcpStream, String)> {
-    let addresses: Vec<_> = match (host, DEFAULT_PORT).to_socket_addrs() {
-        // A host alone, IPv6 without brackets included.
-        Ok(addresses) if !host.is_empty() => addresses.collect(),
-        _ => match host.to_socket_addrs() {
-            Ok(addresses) => addresses.collect(),
-            Err(error) => {
-                return Err(Error::failed(format!(
-                    "{host:?} is no HOST or HOST:PORT to be found: {error}"
-                )));
-            }
-        },
-    };
+    let addresses = resolve(host).context(format_args!(
+        "{host:?} is no HOST or HOST:PORT that can be found"
+    ))?;
     let mut failures = Vec::new();
     for address in addresses {
         match TcpStream::connect_timeout(&address, Duration::from_secs(5)) {
@@ -163,4 +172,23 @@ fn random_seed() -> Result<u64> {
     let mut bytes = [0; 8];
     crate::local::random_bytes(&mut bytes)?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_with_and_without_a_port() {
+        for (text, address) in [
+            ("10.0.0.1", "10.0.0.1:7700"),
+            ("10.0.0.1:99", "10.0.0.1:99"),
+            ("::1", "[::1]:7700"),
+            ("[::1]", "[::1]:7700"),
+            ("[::1]:99", "[::1]:99"),
+        ] {
+            assert_eq!(resolve(text).unwrap(), [address.parse().unwrap()], "{text}");
+        }
+        assert!(resolve("10.0.0.1:port").is_err() && resolve("").is_err());
+    }
 }

@@ -11,6 +11,7 @@ pub(crate) use self::row::Row;
 use crate::{
     cli::OutputArgs,
     error::{Context, Result},
+    out,
 };
 
 /// Fails before anything is measured if a result could not be written afterwards.
@@ -25,18 +26,18 @@ pub(crate) fn check_paths(output: &OutputArgs) -> Result<()> {
 /// Prints the table and writes the files.
 pub(crate) fn write(rows: &[Row], output: &OutputArgs) -> Result<()> {
     if !rows.is_empty() {
-        println!("{}", table(rows));
+        out::say(table(rows));
     }
     for failure in rows
         .iter()
         .filter_map(|row| Some((row, row.failure.as_ref()?)))
     {
-        println!(
+        out::say(format_args!(
             "NOT VERIFIED: {} {}: {}",
             failure.0.title(),
             failure.0.op,
             failure.1
-        );
+        ));
     }
     if let Some(path) = &output.json {
         write_file(path, &json(rows)?)?;

@@ -96,7 +96,7 @@ impl Row {
             self.writes += measured.writes;
             self.latencies.extend(&measured.latencies);
         }
-        self.verified_bytes += verified.bytes;
+        self.verified_bytes = self.verified_bytes.saturating_add(verified.bytes);
         if self.failure.is_none() {
             self.failure.clone_from(&verified.failure);
         }

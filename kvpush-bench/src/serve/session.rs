@@ -18,7 +18,7 @@ use crate::{
     cli::Op,
     content::{Cache, Expected, Mismatch},
     error::{Context, Error, Result},
-    fabric, measure, signals,
+    fabric, measure, out, signals,
     wire::{Connection, PROTOCOL, ToPusher, ToServer, Verified, to_hex},
     workload::{Side, Workload},
 };
@@ -111,7 +111,7 @@ impl<'a> Session<'a> {
         workload.check_memory(&[Side::Decode], Some(self.server.memory_limit))?;
         let claim = self.server.claim()?;
         if self.server.talkative {
-            println!("{}: {}", self.peer, workload.title());
+            out::say(format_args!("{}: {}", self.peer, workload.title()));
         }
         let ip = self.connection.local_ip()?;
         let (mut endpoints, mut caches) = (Vec::new(), Vec::new());
@@ -173,7 +173,11 @@ impl<'a> Session<'a> {
             Op::Write | Op::Read => self.accessed(ranks, expected, timeout)?,
         };
         if let (true, Some(failure)) = (self.server.talkative, &verified.failure) {
-            println!("{}: {}: {failure}", self.peer, workload.title());
+            out::say(format_args!(
+                "{}: {}: {failure}",
+                self.peer,
+                workload.title()
+            ));
         }
         self.connection.send(&ToPusher::Verified(verified))
     }

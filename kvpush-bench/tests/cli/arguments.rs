@@ -73,7 +73,7 @@ fn help_and_version() {
         );
         assert!(!outcome.out.contains("plant-error"), "{}", outcome.out);
     }
-    assert!(run(&["--help"]).out.contains("p50,p99"));
+    assert!(run(&["--help"]).out.contains("p50, p99"));
     let version = run(&["--version"]);
     assert_eq!(
         version.out.trim(),

@@ -1,9 +1,4 @@
-//! What every byte must be, pools that are filled accordingly, and their verification.
-//!
-//! The content of a head of a token is a formula of (seed, request, layer, role, position in the request, token, head
-//! of the model): it depends neither on layouts nor on ranks nor on page numbers, so the decode side can recompute it
-//! without the source. Bytes that no request owns are [`POISON`] at the decode side, and something else at the prefill
-//! side, so that a wrong page or a missing write is seen.
+//! A pool with its memory: filled by the formula, poisoned, verified byte by byte.
 
 use std::sync::{
     Arc, Mutex,
@@ -16,71 +11,18 @@ use kvpush::{
     memory::{HostMemory, Memory},
 };
 
+use super::{
+    POISON, UNUSED,
+    formula::{head_content, page_key},
+    threads,
+};
 use crate::{
     error::{Context, Error, Result},
     workload::{Side, Workload},
 };
 
-/// Decode bytes that nobody has written.
-pub(crate) const POISON: u8 = 0xa5;
-/// Prefill bytes that no request owns.
-const UNUSED: u8 = 0x3c;
-
 /// Bytes read from a pool at a time.
 const BLOCK: usize = 64 << 10;
-
-/// Threads that fill and verify.
-pub(crate) fn threads() -> u64 {
-    std::thread::available_parallelism().map_or(1, |count| count.get().min(16)) as u64
-}
-
-/// A small random number generator (splitmix64; Steele, Lea and Flood, OOPSLA 2014).
-pub(crate) struct Random(u64);
-
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// The output function of splitmix64: a bijection in which every input bit affects all output bits.
-#[inline]
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(mix(seed.wrapping_add(GOLDEN)))
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(GOLDEN);
-        mix(self.0)
-    }
-
-    /// Fisher and Yates; the bias of the remainder is of no matter here.
-    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            let other = self.next() % (last as u64 + 1);
-            items.swap(last, other as usize);
-        }
-    }
-}
-
-/// The formula: writes the content of one head of one token.
-fn head_content(key: u64, token: u32, head: u32, out: &mut [u8]) {
-    let start = mix(key ^ mix((u64::from(token) << 32 | u64::from(head)).wrapping_add(GOLDEN)));
-    for (index, chunk) in (0u64..).zip(out.chunks_mut(8)) {
-        let word = mix(start.wrapping_add(index.wrapping_mul(GOLDEN))).to_le_bytes();
-        if let Some(word) = word.get(..chunk.len()) {
-            chunk.copy_from_slice(word);
-        }
-    }
-}
-
-fn page_key(seed: u64, request: u32, layer: u32, role: u8, position: u32) -> u64 {
-    let place = u64::from(request) << 32 | u64::from(position);
-    mix(mix(seed ^ mix(place.wrapping_add(GOLDEN))) ^ (u64::from(layer) << 8 | u64::from(role)))
-}
 
 /// One rank's pool and its memory.
 pub(crate) struct Cache {
@@ -392,7 +334,10 @@ fn each_region(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{LayoutChoice, Op};
+    use crate::{
+        cli::{LayoutChoice, Op},
+        content::Random,
+    };
     use kvpush::kv::models;
 
     fn workload(layout: LayoutChoice) -> Workload {
@@ -453,36 +398,6 @@ mod tests {
                 memory.write(at, &byte).unwrap();
             }
         }
-    }
-
-    #[test]
-    fn another_seed_request_position_layer_token_or_head_is_other_content() {
-        let base = (1, 2, 3, 1, 4, 5, 6);
-        let content = |(seed, request, layer, role, position, token, head)| {
-            let mut out = [0; 24];
-            head_content(
-                page_key(seed, request, layer, role, position),
-                token,
-                head,
-                &mut out,
-            );
-            out
-        };
-        let others = [
-            (2, 2, 3, 1, 4, 5, 6),
-            (1, 3, 3, 1, 4, 5, 6),
-            (1, 2, 4, 1, 4, 5, 6),
-            (1, 2, 3, 2, 4, 5, 6),
-            (1, 2, 3, 1, 5, 5, 6),
-            (1, 2, 3, 1, 4, 6, 6),
-            (1, 2, 3, 1, 4, 5, 7),
-            (1, 4, 3, 1, 2, 5, 6),
-            (1, 2, 3, 1, 4, 6, 5),
-        ];
-        for other in others {
-            assert_ne!(content(base), content(other), "{other:?}");
-        }
-        assert_eq!(content(base), content(base));
     }
 
     #[test]
