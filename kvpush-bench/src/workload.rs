@@ -1,7 +1,7 @@
 //! What is moved: plain data that travels from pusher to server, its limits, its layouts and its memory.
 //!
 //! A server takes a workload from whoever reaches its port, so everything is checked before it is used:
-//! [`Workload::check`] first, then [`Workload::decode_memory`] against the limit.
+//! [`Workload::check`] first, then the memory it needs against the limit.
 
 use kvpush::{
     Grant,
