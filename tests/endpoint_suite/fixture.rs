@@ -8,7 +8,7 @@ use std::{
 use kvpush::{
     Auth, Endpoint, Pool,
     endpoint::Builder,
-    fabric::{FabricKind, sim::SimNet},
+    fabric::{FabricKind, sim::SimNet, verbs::VerbsConfig},
     kv::{KvLayout, region_lengths},
     memory::{HostMemory, Memory},
 };
@@ -55,7 +55,7 @@ impl Fabric {
             .revoke_grace(Duration::from_secs(5));
         match &self.net {
             Some(net) => builder.fabrics([]).device(net.device(name)),
-            None => builder.fabrics([self.kind]),
+            None => builder.fabrics([self.kind]).verbs(patient()),
         }
     }
 
@@ -75,6 +75,14 @@ impl Fabric {
     /// A writer and a reader.
     pub(crate) fn pair(&self) -> (Endpoint, Endpoint) {
         (self.endpoint("prefill"), self.endpoint("decode"))
+    }
+}
+
+/// An emulated host often takes longer to acknowledge than the 67 ms that suit real ones; this is 1.07 s.
+fn patient() -> VerbsConfig {
+    VerbsConfig {
+        timeout: 18,
+        ..VerbsConfig::default()
     }
 }
 

@@ -52,15 +52,23 @@ fn tcp(config: TcpConfig) -> Pair {
 
 /// Two ports of the machine, or the same one twice if there is only one.
 pub(crate) fn verbs_pair() -> Pair {
-    verbs(VerbsConfig::default())
+    verbs(patient())
 }
 
 /// The same with a receive queue for each lane.
 pub(crate) fn verbs_pair_without_srq() -> Pair {
     verbs(VerbsConfig {
         shared_receive_queue: false,
-        ..VerbsConfig::default()
+        ..patient()
     })
+}
+
+/// An emulated host often takes longer to acknowledge than the 67 ms that suit real ones; this is 0.54 s.
+fn patient() -> VerbsConfig {
+    VerbsConfig {
+        timeout: 17,
+        ..VerbsConfig::default()
+    }
 }
 
 fn verbs(config: VerbsConfig) -> Pair {

@@ -30,7 +30,7 @@ OPTIONS
     --perftest           Measure with perftest's ib_write_bw
     --release            Build tests and kvpush-bench with --release
     --timeout SECONDS    For each guest, from power-on to power-off [default: 1200]
-    --memory MIB         Of each guest [default: 1024]
+    --memory MIB         Of each guest [default: 2048]
     --cpus N             Of each guest [default: 2]
     --update-kernel      Ask apt for the current kernel, rather than use the one in target/rxe/kernel
     -h, --help           Show this text
@@ -145,7 +145,7 @@ impl Options {
     /// Applies what was asked for guests in general.
     fn configure(&self, guest: Guest) -> Guest {
         guest
-            .memory_mib(self.memory_mib.unwrap_or(1024))
+            .memory_mib(self.memory_mib.unwrap_or(2048))
             .cpus(self.cpus.unwrap_or(2))
             .timeout(Duration::from_secs(self.timeout.unwrap_or(1200)))
             .env("KVPUSH_TEST_FABRIC", "verbs")
