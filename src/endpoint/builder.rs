@@ -15,12 +15,13 @@ use super::{
     core::Core,
     driver::{self, ControlAdapter, Driver},
     rails,
+    region::Region,
     shared::{EndpointShared, TailArena},
     wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, FabricKind, verbs::VerbsConfig},
-    memory::{HostMemory, Memory, Region},
+    memory::{HostMemory, Memory},
     wire::{Auth, Incarnation, MAX_LANES},
 };
 

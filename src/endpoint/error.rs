@@ -247,6 +247,9 @@ fn hint(status: Status) -> &'static str {
         Status::RemoteAccess => {
             " (hint: the peer's registration is gone or does not allow the access)"
         }
+        Status::RemoteInvalidRequest => {
+            " (hint: on soft-RoCE, acknowledgements were slower than the timeout: raise VerbsConfig::timeout)"
+        }
         Status::RnrRetryExceeded => " (hint: the peer posts no receives; is it stopped?)",
         _ => "",
     }

@@ -19,6 +19,7 @@ mod export;
 mod pool;
 mod push;
 mod rails;
+mod region;
 mod shared;
 mod signal;
 mod wake;

@@ -16,7 +16,7 @@ use super::{
     shared::{EndpointShared, PushPhase, PushShared},
     signal::Signal,
 };
-use crate::{kv::pages::check_unique, wire::Grant};
+use crate::{fabric::FabricKind, kv::pages::check_unique, wire::Grant};
 
 /// What a completed push did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub struct PushReport {
     pub bytes: u64,
     /// Writes posted for them, the tail included.
     pub writes: u64,
+    /// The fabric that carried it.
+    pub fabric: FabricKind,
     /// From the call that began the push to the last acknowledgement.
     pub elapsed: Duration,
 }

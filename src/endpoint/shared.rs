@@ -17,13 +17,14 @@ use super::{
     AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushReport,
     config::Config,
     core::{Command, ExportRecord},
+    region::Region,
     signal::Signal,
     wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
     kv::{HeadRange, KvLayout},
-    memory::{HostMemory, Region},
+    memory::HostMemory,
     wire::{GrantId, Incarnation, PoolId, RegionKey, TailHeader},
 };
 

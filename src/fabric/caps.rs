@@ -1,41 +1,6 @@
 //! What a rail is and what it can do. Every figure here is asked from the device, never assumed.
 
-use std::fmt;
-
-/// The kinds of fabric, in order of preference: the greatest kind that both peers have is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-#[non_exhaustive]
-pub enum FabricKind {
-    /// Deterministic simulation inside one process; only for tests.
-    Sim = 1,
-    /// Embedded fabric over TCP sockets.
-    Tcp = 2,
-    /// RDMA verbs: RoCE v2 or InfiniBand.
-    Verbs = 4,
-}
-
-impl FabricKind {
-    /// The kind encoded as `value` on the wire.
-    pub fn from_wire(value: u8) -> Option<Self> {
-        match value {
-            1 => Some(Self::Sim),
-            2 => Some(Self::Tcp),
-            4 => Some(Self::Verbs),
-            _ => None,
-        }
-    }
-}
-
-impl fmt::Display for FabricKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Sim => "sim",
-            Self::Tcp => "tcp",
-            Self::Verbs => "verbs",
-        })
-    }
-}
+use crate::wire::FabricKind;
 
 /// The state of a rail's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -25,11 +25,12 @@ pub mod sim;
 pub mod tcp;
 pub mod verbs;
 
-pub use caps::{Capabilities, DeviceInfo, FabricKind, LinkState};
+pub use crate::wire::{FabricKind, LaneAddress, RemoteKey};
+pub use caps::{Capabilities, DeviceInfo, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};
 pub use request::{
-    Access, Completion, CompletionKind, LaneAddress, LaneConfig, LaneId, LocalKey, MemoryKeys,
-    MrId, Opcode, RemoteKey, Sge, Status, WorkRequest,
+    Access, Completion, CompletionKind, LaneConfig, LaneId, LocalKey, MemoryKeys, MrId, Opcode,
+    Sge, Status, WorkRequest,
 };
 
 use std::{net::IpAddr, os::fd::RawFd, sync::Arc};

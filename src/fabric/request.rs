@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::wire::RemoteKey;
+
 /// What a registration allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Access {
@@ -38,10 +40,6 @@ impl Access {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocalKey(pub u32);
 
-/// Names a registration in requests of peers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RemoteKey(pub u32);
-
 /// Names a registration for deregistration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MrId(pub u64);
@@ -64,26 +62,6 @@ pub struct LaneId(pub u32);
 impl fmt::Display for LaneId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "lane {}", self.0)
-    }
-}
-
-/// How a peer reaches a lane: bytes that only the same kind of fabric understands. At most
-/// [`LaneAddress::MAX`] bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LaneAddress(Vec<u8>);
-
-impl LaneAddress {
-    /// The longest address any fabric uses.
-    pub const MAX: usize = 96;
-
-    /// Wraps `bytes`, or nothing if they are more than [`LaneAddress::MAX`].
-    pub fn new(bytes: Vec<u8>) -> Option<Self> {
-        (bytes.len() <= Self::MAX).then_some(Self(bytes))
-    }
-
-    /// The bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
     }
 }
 
@@ -154,6 +132,9 @@ pub enum Status {
     Flushed,
     /// The peer's device refused the access: bad key, range or permission (`IBV_WC_REM_ACCESS_ERR`).
     RemoteAccess,
+    /// The peer's device found the request invalid (`IBV_WC_REM_INV_REQ_ERR`): soft-RoCE says so at times when a request
+    /// is sent again that it has served already.
+    RemoteInvalidRequest,
     /// The peer stopped answering (`IBV_WC_RETRY_EXC_ERR`).
     RetryExceeded,
     /// The peer had no receive posted for too long (`IBV_WC_RNR_RETRY_EXC_ERR`).

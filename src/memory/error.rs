@@ -1,15 +1,13 @@
-//! Errors of memory allocation and registration.
+//! Errors of memory allocation and access.
 
 use std::io;
 
-use crate::fabric::FabricError;
-
-/// Why memory could not be had, reached or registered.
+/// Why memory could not be had or reached.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
     /// A length of zero, or one that the address space cannot hold.
-    #[error("{length} bytes cannot be allocated or registered")]
+    #[error("{length} bytes cannot be allocated")]
     BadLength {
         /// The length asked for.
         length: u64,
@@ -36,17 +34,11 @@ pub enum MemoryError {
         /// Bytes there are.
         capacity: u64,
     },
-    /// A rail refused the registration.
-    #[error("registration refused: {0}")]
-    Register(#[from] FabricError),
 }
 
 impl MemoryError {
-    /// Whether the same call can succeed later without a change of configuration.
+    /// Whether the same call can succeed later without a change of configuration: it cannot.
     pub fn is_retryable(&self) -> bool {
-        match self {
-            Self::Register(error) => error.is_retryable(),
-            Self::BadLength { .. } | Self::Os { .. } | Self::OutOfRange { .. } => false,
-        }
+        false
     }
 }

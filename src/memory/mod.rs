@@ -6,11 +6,9 @@
 
 mod error;
 mod host;
-mod registry;
 
 pub use error::MemoryError;
 pub use host::{HostMemory, HugePages};
-pub use registry::Region;
 
 /// The kind of a piece of memory, for people and for choosing how to register it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

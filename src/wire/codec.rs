@@ -4,7 +4,7 @@
 //! allocated for a length a peer merely claims. The writer applies the same limits, so an encoder cannot produce what
 //! a decoder refuses.
 
-use crate::fabric::LaneAddress;
+use crate::wire::LaneAddress;
 
 /// An encoding that does not follow the rules, with the field it was found in.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use super::ids::{Digest, GrantId, Incarnation, Nonce, PoolId};
 use super::pool::{PoolDescriptor, RegionKey};
-use crate::fabric::{FabricKind, LaneAddress, RemoteKey};
+use crate::wire::{FabricKind, LaneAddress, RemoteKey};
 
 /// Most bytes of an endpoint's name.
 pub(crate) const MAX_NAME: usize = 255;

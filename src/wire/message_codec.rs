@@ -5,7 +5,7 @@ use super::codec::{Reader, WireError, WireErrorKind, Writer};
 use super::ids::{Digest, GrantId, Incarnation, PoolId};
 use super::message::*;
 use super::pool::{MAX_RAILS, PoolDescriptor, RegionKey};
-use crate::fabric::{FabricKind, RemoteKey};
+use crate::wire::{FabricKind, RemoteKey};
 
 mod tag {
     pub(super) const HELLO: u8 = 1;

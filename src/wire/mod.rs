@@ -19,6 +19,7 @@ mod imm;
 mod layout;
 mod message;
 mod message_codec;
+mod names;
 mod pages;
 mod pool;
 mod token;
@@ -42,6 +43,7 @@ pub(crate) use message::{
     Open, OpenRegion, RailOffer, Refuse, RegionAccept, RegionRefuse, Revoke, TailTarget,
 };
 pub use message::{GoodbyeCode, RefuseCode, RejectCode, RevokeReason};
+pub use names::{FabricKind, LaneAddress, RemoteKey};
 pub(crate) use pool::{PoolDescriptor, RegionDescriptor, RegionKey};
 pub use token::RegionToken;
 pub(crate) use token::RegionTokenFields;

@@ -4,8 +4,8 @@
 use super::codec::{Reader, WireError, Writer};
 use super::ids::PoolId;
 use super::layout;
-use crate::fabric::RemoteKey;
 use crate::kv::KvLayout;
+use crate::wire::RemoteKey;
 
 /// Most rails of one endpoint.
 pub(crate) const MAX_RAILS: usize = 16;

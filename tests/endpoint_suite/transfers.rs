@@ -60,6 +60,7 @@ pub(crate) fn push(
         .expect("no hang")
         .expect("finish");
     assert!(report.bytes > 0 && report.writes > 1);
+    assert!(endpoint.rails().any(|rail| rail.kind == report.fabric));
 }
 
 pub(crate) fn a_push_arrives_whole(fabric: &Fabric) {

@@ -7,13 +7,13 @@ use std::{sync::Arc, time::Duration};
 
 use super::{Core, pump::Task, reader::region_keys, session::Phase, timers::Timer};
 use crate::{
+    endpoint::region::Region,
     endpoint::{
         AccessError, PeerError,
         control::ConnId,
         shared::{AccessShared, ExportHandle},
     },
     fabric::{Opcode, RemoteKey, Sge},
-    memory::Region,
     protocol::Time,
     wire::{
         Digest, GoodbyeCode, Incarnation, Message, Nonce, OpenRegion, RefuseCode, RegionAccept,

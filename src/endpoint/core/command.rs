@@ -6,11 +6,11 @@ use bytes::Bytes;
 
 use super::{AccessEntry, ArrivalEntry, ConnectEntry, ExportRecord, PushEntry};
 use crate::{
+    endpoint::region::Region,
     endpoint::{
         control::{CloseReason, ConnId},
         shared::PoolRecord,
     },
-    memory::Region,
     wire::{GrantId, PoolId},
 };
 

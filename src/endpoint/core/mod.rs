@@ -434,7 +434,7 @@ impl Core {
         }
     }
 
-    fn deregister(&mut self, region: &crate::memory::Region) {
+    fn deregister(&mut self, region: &crate::endpoint::region::Region) {
         for (rail, keys) in self.rails.iter_mut().zip(region.keys()) {
             if let Err(error) = rail.context.deregister(keys.mr) {
                 tracing::error!(%error, "deregistration failed");

@@ -8,13 +8,13 @@ use super::{
     timers::Timer,
 };
 use crate::{
+    endpoint::region::Region,
     endpoint::{
         ArrivalError, PeerError,
         control::ConnId,
         shared::{ArrivalShared, PoolHandle, TailSlot},
     },
     fabric::FabricError,
-    memory::Region,
     protocol::{ArrivalAction, ArrivalEnd, ArrivalMachine, Blocks, PartMap, PartOutcome, Time},
     wire::{
         Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, Hello, HelloAck, HelloReject, Imm,

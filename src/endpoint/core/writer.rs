@@ -15,7 +15,7 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::LocalKey,
+    fabric::{FabricKind, LocalKey},
     kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
@@ -387,6 +387,9 @@ impl Core {
                 let result = match &end {
                     PushEnd::Completed => Ok(PushReport {
                         bytes: push.bytes - u64::from(push.tail_bytes),
+                        fabric: conn
+                            .and_then(|conn| self.sessions.get(&conn)?.lanes.first())
+                            .map_or(FabricKind::Tcp, |lane| self.rails[lane.rail].kind),
                         writes: push.requests,
                         elapsed: self.now - push.opened,
                     }),

@@ -44,6 +44,7 @@ pub(super) fn status(code: sys::ibv_wc_status) -> Status {
     match code {
         sys::IBV_WC_SUCCESS => Status::Success,
         sys::IBV_WC_WR_FLUSH_ERR => Status::Flushed,
+        sys::IBV_WC_REM_INV_REQ_ERR => Status::RemoteInvalidRequest,
         sys::IBV_WC_REM_ACCESS_ERR => Status::RemoteAccess,
         sys::IBV_WC_RETRY_EXC_ERR => Status::RetryExceeded,
         sys::IBV_WC_RNR_RETRY_EXC_ERR => Status::RnrRetryExceeded,
@@ -109,6 +110,7 @@ mod tests {
             (0, Status::Success),
             (4, Status::LocalProtection),
             (5, Status::Flushed),
+            (9, Status::RemoteInvalidRequest),
             (10, Status::RemoteAccess),
             (12, Status::RetryExceeded),
             (13, Status::RnrRetryExceeded),

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::strategies;
-use crate::fabric::RemoteKey;
 use crate::kv::{Dtype, HeadRange, KvLayout, LayerLayout, Plane, PlaneRole};
+use crate::wire::RemoteKey;
 use crate::wire::*;
 
 proptest! {
@@ -65,7 +65,7 @@ fn errors_name_message_field_and_limit() {
     let message = Message::Hello(Hello {
         incarnation: Incarnation([0; 16]),
         name: "x".repeat(256),
-        fabric: crate::fabric::FabricKind::Tcp,
+        fabric: crate::wire::FabricKind::Tcp,
         supported: 2,
         rails: Vec::new(),
         lanes: Vec::new(),

@@ -8,9 +8,9 @@ use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::fabric::{FabricKind, LaneAddress, RemoteKey};
 use crate::kv::{Dtype, HeadRange, KvLayout, LayerLayout, Plane, PlaneRole};
 use crate::wire::*;
+use crate::wire::{FabricKind, LaneAddress, RemoteKey};
 
 pub(in crate::wire) fn incarnation() -> impl Strategy<Value = Incarnation> {
     any::<[u8; 16]>().prop_map(Incarnation)

@@ -114,7 +114,7 @@ fn kernel_command_line(nonce: &str) -> String {
     // hand from its RDRAND, without which the first program to ask would wait. The kernel hands what it does not know
     // (kvpush_nonce) to init as an environment variable.
     format!(
-        "console=ttyS0 quiet panic=-1 oops=panic nokaslr mitigations=off random.trust_cpu=on kvpush_nonce={nonce}"
+        "console=ttyS0 quiet panic=-1 oops=panic nokaslr mitigations=off no_timer_check random.trust_cpu=on kvpush_nonce={nonce}"
     )
 }
 

@@ -20,6 +20,7 @@ use crate::{
         Pool,
         config::Config,
         control::{CloseReason, ConnId},
+        region::Region,
         shared::{EndpointShared, TailArena},
         wake::WakeHandle,
     },
@@ -28,7 +29,7 @@ use crate::{
         sim::{SimConfig, SimNet},
     },
     kv::{KvLayout, region_lengths},
-    memory::{HostMemory, Memory, Region},
+    memory::{HostMemory, Memory},
     protocol::Time,
     wire::Incarnation,
 };

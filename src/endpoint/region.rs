@@ -5,12 +5,14 @@
 
 use std::sync::Arc;
 
-use super::{Memory, MemoryError};
-use crate::fabric::{Access, Device, MemoryKeys};
+use crate::{
+    fabric::{Access, Device, FabricError, MemoryKeys},
+    memory::Memory,
+};
 
 /// One piece of memory and its keys on each rail.
 #[derive(Debug)]
-pub struct Region {
+pub(crate) struct Region {
     memory: Arc<dyn Memory>,
     access: Access,
     keys: Vec<MemoryKeys>,
@@ -21,13 +23,13 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// [`MemoryError::Register`] names the first rail that refused. Registrations made before that one stay until the
+    /// The error of the first rail that refuses. Registrations made before that one stay until the
     /// caller hands the returned keys to [`crate::fabric::Context::deregister`], so they are returned with the error.
     pub(crate) fn register(
         memory: Arc<dyn Memory>,
         access: Access,
         rails: &[Arc<dyn Device>],
-    ) -> Result<Self, Box<(MemoryError, Self)>> {
+    ) -> Result<Self, Box<(FabricError, Self)>> {
         let mut region = Self {
             memory,
             access,
@@ -40,30 +42,25 @@ impl Region {
                 device.register(region.memory.address(), region.memory.length(), access)
             } {
                 Ok(keys) => region.keys.push(keys),
-                Err(error) => return Err(Box::new((error.into(), region))),
+                Err(error) => return Err(Box::new((error, region))),
             }
         }
         Ok(region)
     }
 
     /// Address of the first byte.
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.memory.address()
     }
 
     /// Bytes.
-    pub fn length(&self) -> u64 {
+    pub(crate) fn length(&self) -> u64 {
         self.memory.length()
     }
 
     /// What peers may do.
-    pub fn access(&self) -> Access {
+    pub(crate) fn access(&self) -> Access {
         self.access
-    }
-
-    /// The memory.
-    pub fn memory(&self) -> &Arc<dyn Memory> {
-        &self.memory
     }
 
     /// The keys, one for each rail in the endpoint's order.

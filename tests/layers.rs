@@ -1,0 +1,68 @@
+//! The layers of `docs/architecture.md`, held against the sources: what each may name of this crate.
+
+use std::{fs, path::Path};
+
+/// Each layer, and those it may use beside itself.
+const LAYERS: [(&str, &[&str]); 6] = [
+    ("kv", &[]),
+    ("wire", &["kv"]),
+    ("protocol", &[]),
+    ("memory", &[]),
+    ("fabric", &["wire"]),
+    ("endpoint", &["kv", "wire", "protocol", "memory", "fabric"]),
+];
+
+fn sources(folder: &Path, found: &mut Vec<(String, String)>) {
+    for entry in fs::read_dir(folder).expect("the sources are here") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push((
+                path.display().to_string(),
+                fs::read_to_string(&path).expect("text"),
+            ));
+        }
+    }
+}
+
+/// The layers that `text` names by `crate::`, with braces or without.
+fn named(text: &str) -> impl Iterator<Item = &str> {
+    let code = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"));
+    code.flat_map(|line| {
+        LAYERS.iter().map(|(layer, _)| *layer).filter(move |layer| {
+            let path = format!("crate::{layer}");
+            line.split(&path).skip(1).any(|rest| !rest.starts_with(|c: char| c.is_alphanumeric()))
+                // Inside of `use crate::{ … }`, formatted one layer to a line.
+                || line.starts_with(&format!("    {layer}::"))
+        })
+    })
+}
+
+#[test]
+fn no_layer_names_one_below_it() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for (layer, allowed) in LAYERS {
+        let mut files = Vec::new();
+        sources(&root.join(layer), &mut files);
+        assert!(!files.is_empty(), "{layer} has no sources");
+        for (path, text) in files.iter().filter(|(path, _)| !path.contains("tests")) {
+            for used in named(text).filter(|used| *used != layer) {
+                assert!(
+                    allowed.contains(&used),
+                    "{path}: {layer} must not use {used}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_forbidden_name_is_found() {
+    let found = |text| named(text).collect::<Vec<_>>();
+    assert_eq!(found("use crate::endpoint::Push;"), ["endpoint"]);
+    assert_eq!(found("use crate::{\n    fabric::Device,\n};"), ["fabric"]);
+    assert_eq!(found("// crate::endpoint is not code"), Vec::<&str>::new());
+}
