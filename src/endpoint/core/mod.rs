@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `session` | lanes to one peer: made, connected, fenced |
 //! | `dial` | the dialling side of the handshake |
+//! | `accept` | the accepting side of the handshake |
 //! | `connect` | sessions made ahead of the first push |
 //! | `writer` | the dialling side: open, plan, queue, finish |
 //! | `remote` | what the peer told of its pool, checked |
@@ -22,6 +23,7 @@
 //! events. So a grant is known before a peer can ask for it, and when a writer says that it has drained, every
 //! completion of what it wrote before has been counted.
 
+mod accept;
 mod access;
 mod command;
 mod connect;

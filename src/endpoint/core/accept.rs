@@ -1,0 +1,115 @@
+//! The accepting side's half of the handshake: lanes of the fabric that is offered, or a reason why not.
+
+use super::{
+    Core,
+    session::{Phase, Role},
+};
+use crate::{
+    endpoint::control::ConnId,
+    wire::{Hello, HelloAck, HelloReject, Imm, LaneAnswer, Message, RejectCode},
+};
+
+/// Peers do not have to show that they are alive: every wait has a deadline of its own.
+const KEEPALIVE_MS: u32 = 0;
+
+impl Core {
+    /// A peer offers lanes: connect them, or say why not.
+    pub(super) fn hello(&mut self, conn: ConnId, hello: Hello) {
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
+        if session.phase != Phase::Connecting {
+            self.violation(conn, "a second offer of lanes");
+            return;
+        }
+        session.peer_name = hello.name.clone();
+        let own = hello.incarnation == self.incarnation;
+        let result = if own {
+            Err((
+                RejectCode::SelfConnect,
+                "this endpoint dialled itself".to_owned(),
+            ))
+        } else {
+            self.answer(conn, &hello)
+        };
+        match result {
+            Ok(lanes) => {
+                let ack = HelloAck {
+                    incarnation: self.incarnation,
+                    name: self.config.name.clone(),
+                    receives_per_lane: self
+                        .sessions
+                        .get(&conn)
+                        .and_then(|s| s.lanes.iter().map(|lane| lane.config.receive_depth).min())
+                        .unwrap_or(0),
+                    lanes,
+                    keepalive_ms: KEEPALIVE_MS,
+                };
+                self.send(conn, &Message::HelloAck(ack));
+            }
+            Err((code, detail)) => {
+                tracing::warn!(peer = hello.name, %code, detail, "session refused");
+                let supported = self.supported();
+                self.send(
+                    conn,
+                    &Message::HelloReject(HelloReject {
+                        code,
+                        supported,
+                        detail,
+                    }),
+                );
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        conn: ConnId,
+        hello: &Hello,
+    ) -> Result<Vec<LaneAnswer>, (RejectCode, String)> {
+        let rails = self.rails_of(hello.fabric);
+        if rails.is_empty() || hello.lanes.is_empty() {
+            return Err((
+                RejectCode::NoCommonFabric,
+                format!("no {} rail here", hello.fabric),
+            ));
+        }
+        let Some(host) = self
+            .sessions
+            .get(&conn)
+            .and_then(|s| s.peer)
+            .map(|peer| peer.ip())
+        else {
+            return Err((RejectCode::Other, "no address".to_owned()));
+        };
+        let mut lanes = Vec::new();
+        let mut answers = Vec::new();
+        for offer in &hello.lanes {
+            let rail = rails[usize::from(offer.remote_rail) % rails.len()];
+            let made =
+                self.create_lane(Role::Acceptor, rail, offer.rail)
+                    .and_then(|(lane, address)| {
+                        let id = lane.id;
+                        lanes.push(lane);
+                        answers.push(LaneAnswer {
+                            rail: rail as u8,
+                            address,
+                        });
+                        self.rails[rail]
+                            .context
+                            .connect_lane(id, &offer.address, host, false)
+                    });
+            if let Err(error) = made {
+                // Nothing has gone through them; an error has been logged and the rail set aside.
+                let _ = self.destroy_lanes(&mut lanes);
+                return Err((RejectCode::LaneSetup, error.to_string()));
+            }
+        }
+        self.adopt_lanes(conn, lanes);
+        if let Some(session) = self.sessions.get_mut(&conn) {
+            session.phase = Phase::Ready;
+            session.slots = vec![None; usize::from(Imm::SLOTS)];
+        }
+        Ok(answers)
+    }
+}
