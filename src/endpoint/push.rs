@@ -221,6 +221,10 @@ impl Push {
 
     /// Sends the tail and waits until everything is in the reader's memory.
     ///
+    /// Success says that the reader's device has acknowledged every write. At the very end the two sides can still see
+    /// it differently: a reader that revokes, or whose deadline passes, while the last acknowledgement is on its way
+    /// reports that, although everything has been written. The reader's word counts.
+    ///
     /// # Errors
     ///
     /// [`PushError::Input`] if pages are missing or the tail is too long: nothing is sent and the push goes on.
