@@ -2,4 +2,5 @@
 
 mod hostile;
 mod schedules;
+mod unfenced;
 mod world;
