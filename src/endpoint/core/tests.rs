@@ -1,5 +1,6 @@
 //! Whole cores under simulated time: every message, completion and deadline happens when the schedule says.
 
+mod deadlines;
 mod hostile;
 mod schedules;
 mod unfenced;
