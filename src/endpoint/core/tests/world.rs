@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, AtomicU64},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -14,25 +14,31 @@ use std::{
 use crossbeam::channel::Receiver;
 use parking_lot::Mutex;
 
-use super::super::{Command, Control, ControlEvent, Core};
+use super::{
+    super::{AccessEntry, AccessOp, Command, Control, ControlEvent, Core, ExportRecord},
+    unfenced::Guarded,
+};
 use crate::{
     endpoint::{
         Pool,
         config::Config,
         control::{CloseReason, ConnId},
         region::Region,
-        shared::{EndpointShared, TailArena},
+        shared::{AccessShared, EndpointShared, ExportHandle, TailArena},
         wake::WakeHandle,
     },
     fabric::{
-        Access, Device,
+        Access, Context, Device,
         sim::{SimConfig, SimNet},
     },
     kv::{KvLayout, region_lengths},
     memory::{HostMemory, Memory},
     protocol::Time,
-    wire::Incarnation,
+    wire::{Incarnation, Message, RegionToken, RegionTokenFields},
 };
+
+/// What becomes of a message on its way: whose it is, the message, and what is sent in its place.
+pub(super) type Tamper = Box<dyn FnMut(usize, Vec<u8>) -> Vec<Vec<u8>>>;
 
 /// What a core asks of its control connections.
 enum Request {
@@ -64,6 +70,8 @@ pub(super) struct Node {
     pub(super) shared: Arc<EndpointShared>,
     commands: Receiver<Command>,
     requests: Requests,
+    /// For each rail: whether its device refuses to destroy lanes.
+    pub(super) unfenceable: Vec<Arc<AtomicBool>>,
     /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
     pub(super) running: bool,
     inbox: Vec<ControlEvent>,
@@ -84,6 +92,7 @@ pub(super) struct World {
     /// Nothing overtakes on one connection.
     latest: HashMap<(usize, ConnId), u64>,
     accepted: u64,
+    pub(super) tamper: Option<Tamper>,
 }
 
 /// splitmix64.
@@ -113,9 +122,16 @@ impl Random {
 
 impl World {
     pub(super) fn new(seed: u64, count: usize, config: &Config) -> Self {
+        Self::with_rails(seed, &vec![1; count], config)
+    }
+
+    /// One node with so many rails for each element of `rails`.
+    pub(super) fn with_rails(seed: u64, rails: &[usize], config: &Config) -> Self {
         let net = SimNet::new(SimConfig::seeded(seed));
-        let nodes = (0..count)
-            .map(|index| Node::new(&net, index, config, seed))
+        let nodes = rails
+            .iter()
+            .enumerate()
+            .map(|(index, &rails)| Node::new(&net, index, rails, config, seed))
             .collect();
         Self {
             net,
@@ -128,7 +144,35 @@ impl World {
             ends: HashMap::new(),
             latest: HashMap::new(),
             accepted: 0,
+            tamper: None,
         }
+    }
+
+    /// Gives `bytes` to `node` at its next step, as if the peer at the other end of `conn` had sent them.
+    pub(super) fn inject(&mut self, node: usize, conn: ConnId, message: &Message) {
+        let bytes = message.encode().unwrap();
+        self.nodes[node]
+            .inbox
+            .push(ControlEvent::Message { conn, bytes });
+    }
+
+    /// The connections that `node` is an end of.
+    pub(super) fn conns_of(&self, node: usize) -> Vec<ConnId> {
+        let ends = self.ends.keys().filter(|(end, _)| *end == node);
+        let mut conns: Vec<_> = ends.map(|&(_, conn)| conn).collect();
+        conns.sort_unstable_by_key(|conn| conn.0);
+        conns
+    }
+
+    /// Opens a connection from `node` to `peer` by hand. Its core does not know of it.
+    pub(super) fn dial(&mut self, node: usize, conn: ConnId, peer: usize) {
+        let address = format!("node-{peer}:7700");
+        self.request(node, Request::Connect(conn, vec![address]));
+    }
+
+    /// Sends `bytes` from `node` by hand, as they are.
+    pub(super) fn send_raw(&mut self, node: usize, conn: ConnId, bytes: Vec<u8>) {
+        self.transmit(node, conn, bytes);
     }
 
     /// One round: every node acts once. Returns whether any did something.
@@ -246,8 +290,12 @@ impl World {
                 self.deliver(node, conn, ControlEvent::Connected { conn, peer: there });
             }
             Request::Send(conn, bytes) => {
-                if let Some(&(peer, conn)) = self.ends.get(&(node, conn)) {
-                    self.deliver(peer, conn, ControlEvent::Message { conn, bytes });
+                let messages = match &mut self.tamper {
+                    Some(tamper) => tamper(node, bytes),
+                    None => vec![bytes],
+                };
+                for bytes in messages {
+                    self.transmit(node, conn, bytes);
                 }
             }
             Request::Close(conn) => {
@@ -267,6 +315,12 @@ impl World {
         }
     }
 
+    fn transmit(&mut self, node: usize, conn: ConnId, bytes: Vec<u8>) {
+        if let Some(&(peer, conn)) = self.ends.get(&(node, conn)) {
+            self.deliver(peer, conn, ControlEvent::Message { conn, bytes });
+        }
+    }
+
     /// Sends `event` on its way to one end of a connection, behind what was sent there before.
     fn deliver(&mut self, node: usize, conn: ConnId, event: ControlEvent) {
         let delay = 1_000 + self.random.below(200_000);
@@ -283,8 +337,10 @@ fn address(node: usize) -> SocketAddr {
 }
 
 impl Node {
-    fn new(net: &SimNet, index: usize, config: &Config, seed: u64) -> Self {
-        let device: Arc<dyn Device> = net.device(&format!("sim{index}"));
+    fn new(net: &SimNet, index: usize, rails: usize, config: &Config, seed: u64) -> Self {
+        let devices: Vec<Arc<dyn Device>> = (0..rails)
+            .map(|rail| net.device(&format!("sim{index}-{rail}")) as Arc<dyn Device>)
+            .collect();
         let config = Arc::new(Config {
             name: format!("node-{index}"),
             ..config.clone()
@@ -292,7 +348,6 @@ impl Node {
         let (slots, capacity) = (config.max_transfers, config.tail_capacity);
         let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity)).unwrap());
         let shared_memory = Arc::clone(&memory) as Arc<dyn Memory>;
-        let devices = vec![Arc::clone(&device)];
         let region = Region::register(shared_memory, Access::REMOTE_WRITE, &devices).unwrap();
         let tails = Arc::new(TailArena::new(memory, region, slots, capacity));
         let mut name = [0; 16];
@@ -301,12 +356,21 @@ impl Node {
         let incarnation = Incarnation(name);
         let (commands, inbox) = crossbeam::channel::unbounded();
         let depth = 1 << 12;
-        let context = Arc::clone(&device).open_context(depth).unwrap();
+        let unfenceable: Vec<_> = (0..rails)
+            .map(|_| Arc::new(AtomicBool::new(false)))
+            .collect();
+        let open = devices.iter().zip(&unfenceable).map(|(device, refuses)| {
+            let context = Arc::clone(device).open_context(depth).unwrap();
+            let context = Guarded::new(context, Arc::clone(refuses));
+            let context: Box<dyn Context> = Box::new(context);
+            (Arc::clone(device), context, depth)
+        });
+        let open = open.collect();
         let requests = Requests::default();
         let core = Core::new(
             Arc::clone(&config),
             incarnation,
-            vec![(device, context, depth)],
+            open,
             Box::new(requests.clone()),
             Arc::clone(&tails),
         );
@@ -328,6 +392,7 @@ impl Node {
             shared,
             commands: inbox,
             requests,
+            unfenceable,
             running: true,
             inbox: Vec::new(),
         }
@@ -352,5 +417,49 @@ impl Node {
             self.shared.register_pool(layout.clone(), shared).unwrap(),
             memory,
         )
+    }
+
+    /// An exported region of `length` bytes.
+    pub(super) fn export(
+        &self,
+        length: u64,
+        access: Access,
+    ) -> (Arc<ExportHandle>, RegionToken, Arc<HostMemory>) {
+        let memory = Arc::new(HostMemory::new(length).unwrap());
+        let endpoint = Arc::clone(&self.shared);
+        let region = endpoint
+            .register(Arc::clone(&memory) as Arc<dyn Memory>, access)
+            .unwrap();
+        let id = endpoint.next_export.fetch_add(1, Ordering::Relaxed);
+        let nonce = [id as u8; 16];
+        let token = RegionToken::new(RegionTokenFields {
+            issuer: endpoint.incarnation,
+            addresses: endpoint.addresses.clone(),
+            region: id,
+            nonce,
+            length: region.length(),
+            read: access.remote_read,
+            write: access.remote_write,
+        });
+        let record = Arc::new(ExportRecord { id, nonce, region });
+        assert!(endpoint.command(Command::AddExport(Arc::clone(&record))));
+        let handle = Arc::new(ExportHandle { record, endpoint });
+        (handle, token.unwrap(), memory)
+    }
+
+    /// Begins a one-sided access.
+    pub(super) fn access(&self, token: &RegionToken, op: AccessOp) -> Arc<AccessShared> {
+        let shared = Arc::new(AccessShared::new());
+        let timeout = Duration::from_millis(50);
+        let entry = AccessEntry::new(token.clone(), op, Arc::clone(&shared), timeout);
+        assert!(self.shared.command(Command::Access(Box::new(entry))));
+        shared
+    }
+
+    /// Timers of grants that have not come due.
+    pub(super) fn arrival_timers(&self) -> usize {
+        format!("{:?}", self.core.timers)
+            .matches("Arrival(")
+            .count()
     }
 }
