@@ -2,7 +2,7 @@
 //!
 //! Format: the Cargo book, "External tools", section "JSON messages".
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
@@ -25,6 +25,20 @@ pub(crate) struct Executable {
 /// Builds every test of the workspace, running none.
 pub(crate) fn tests(release: bool) -> Result<Vec<Executable>> {
     build(&["test", "--workspace", "--no-run"], release)
+}
+
+/// Builds every test of a package outside of the workspace, running none.
+pub(crate) fn tests_of(manifest: &Path, target_dir: &Path) -> Result<Vec<Executable>> {
+    let (manifest, target_dir) = (manifest.to_string_lossy(), target_dir.to_string_lossy());
+    let arguments = [
+        "test",
+        "--no-run",
+        "--manifest-path",
+        &manifest,
+        "--target-dir",
+        &target_dir,
+    ];
+    build(&arguments, false)
 }
 
 /// Builds one binary of the workspace; the package has the same name.
