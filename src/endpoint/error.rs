@@ -273,7 +273,7 @@ impl PeerError {
 }
 
 /// Why a push did not go on. Whichever it is, nothing of the push is in flight any more when it is reported by
-/// `finish`, so the source pages may be reused.
+/// `finish`, so the source pages may be reused; [`PushError::Unfenced`] is the one exception.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PushError {
@@ -300,6 +300,10 @@ pub enum PushError {
     /// This side cancelled it.
     #[error("cancelled")]
     Cancelled,
+    /// Its lanes could not be fenced, so a device may still read: the one error after which the source pages must not
+    /// change. They stay registered.
+    #[error("lanes could not be fenced, the source pages must not be used again: {0}")]
+    Unfenced(Box<FabricError>),
     /// The peer is not reachable.
     #[error(transparent)]
     Peer(#[from] PeerError),
@@ -312,7 +316,7 @@ impl PushError {
             Self::Refused { code, .. } => code.is_retryable(),
             Self::Peer(error) => error.is_retryable(),
             Self::Expired | Self::Revoked(_) => true,
-            Self::Input(_) | Self::Mismatch(_) | Self::Cancelled => false,
+            Self::Input(_) | Self::Mismatch(_) | Self::Cancelled | Self::Unfenced(_) => false,
         }
     }
 }
@@ -463,6 +467,9 @@ pub enum AccessError {
     /// The owner is not reachable.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// Its lanes could not be fenced, so a device may still use the local memory, which stays registered.
+    #[error("lanes could not be fenced, the local memory must not be used again: {0}")]
+    Unfenced(Box<FabricError>),
     /// It did not get to move bytes in time. (One that did is [`PeerError::Silent`], after a fence.)
     #[error("the deadline has passed")]
     Expired,
@@ -475,7 +482,7 @@ impl AccessError {
             Self::Refused { code, .. } => code.is_retryable(),
             Self::Peer(error) => error.is_retryable(),
             Self::Expired => true,
-            Self::OutOfRange { .. } | Self::NotAllowed(_) => false,
+            Self::OutOfRange { .. } | Self::NotAllowed(_) | Self::Unfenced(_) => false,
         }
     }
 }

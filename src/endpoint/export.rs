@@ -8,13 +8,13 @@ use std::{
 
 use super::{
     AccessError, Endpoint, EndpointError, PeerError,
-    core::{AccessEntry, AccessOp, Command, ExportRecord},
+    core::{AccessEntry, AccessOp, Command, ExportRecord, RegionKeys},
     shared::{AccessShared, EndpointShared, ExportHandle},
 };
 use crate::{
     fabric::Access,
     memory::Memory,
-    wire::{RegionKey, RegionToken, RegionTokenFields, random_nonce},
+    wire::{RegionToken, RegionTokenFields, random_nonce},
 };
 
 /// Registered memory: the local side of one-sided accesses, and what a peer reaches by its token.
@@ -31,7 +31,7 @@ pub struct LocalRegion {
 #[derive(Clone, Debug)]
 pub struct RemoteRegion {
     token: RegionToken,
-    keys: Arc<Vec<RegionKey>>,
+    keys: Arc<RegionKeys>,
     endpoint: Arc<EndpointShared>,
 }
 

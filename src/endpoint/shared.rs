@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use super::{
     AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushReport,
     config::Config,
-    core::{Command, ExportRecord},
+    core::{Command, ExportRecord, RegionKeys},
     region::Region,
     signal::Signal,
     wake::WakeHandle,
@@ -25,7 +25,7 @@ use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::HostMemory,
-    wire::{GrantId, Incarnation, PoolId, RegionKey, TailHeader},
+    wire::{GrantId, Incarnation, PoolId, TailHeader},
 };
 
 /// What every handle of an endpoint has.
@@ -366,7 +366,7 @@ pub(crate) type ConnectShared = Signal<Option<Result<Incarnation, PeerError>>>;
 /// What a caller sees of a one-sided access.
 #[derive(Debug)]
 pub(crate) struct AccessShared {
-    pub(crate) keys: Signal<Option<Arc<Vec<RegionKey>>>>,
+    pub(crate) keys: Signal<Option<Arc<RegionKeys>>>,
     pub(crate) signal: Signal<Option<Result<(), AccessError>>>,
 }
 

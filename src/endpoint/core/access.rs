@@ -13,11 +13,11 @@ use crate::{
         control::ConnId,
         shared::{AccessShared, ExportHandle},
     },
-    fabric::{Opcode, RemoteKey, Sge},
+    fabric::{FabricError, Opcode, RemoteKey, Sge},
     protocol::Time,
     wire::{
-        Digest, GoodbyeCode, Incarnation, Message, Nonce, OpenRegion, RefuseCode, RegionAccept,
-        RegionKey, RegionRefuse, RegionToken,
+        Digest, GoodbyeCode, Message, Nonce, OpenRegion, RefuseCode, RegionAccept, RegionKey,
+        RegionRefuse, RegionToken,
     },
 };
 
@@ -42,10 +42,17 @@ pub(crate) enum AccessOp {
         read: bool,
         local: Arc<ExportHandle>,
         local_offset: u64,
-        remote: Arc<Vec<RegionKey>>,
+        remote: Arc<RegionKeys>,
         remote_offset: u64,
         length: u64,
     },
+}
+
+/// What the owner of a region told of it, which holds for the session that it was told in.
+#[derive(Debug)]
+pub(crate) struct RegionKeys {
+    pub(super) conn: ConnId,
+    pub(super) keys: Vec<RegionKey>,
 }
 
 /// One access that has not ended.
@@ -101,7 +108,7 @@ impl AccessEntry {
             return None;
         };
         let left = length.checked_sub(done).filter(|&left| left > 0)?;
-        let target = remote.iter().find(|key| key.rail == remote_rail)?;
+        let target = remote.keys.iter().find(|key| key.rail == remote_rail)?;
         Some(Piece {
             opcode: if *read { Opcode::Read } else { Opcode::Write },
             local: Sge {
@@ -130,22 +137,22 @@ impl Core {
         let id = self.next_request;
         access.deadline = self.now + access.timeout;
         self.timers.at(Some(access.deadline), Timer::Access(id));
-        let conn = match access.op {
+        let conn = match &access.op {
             AccessOp::Open => self.session_to(
                 access.token.issuer(),
                 access.token.addresses(),
                 access.timeout,
             ),
-            // The keys belong to the session that learnt them; without it they lead nowhere.
-            AccessOp::Move { .. } => match self.ready_session_to(access.token.issuer()) {
-                Some(conn) => conn,
-                None => {
-                    let peer = access.token.addresses().join(", ");
-                    let error = PeerError::NoSession { peer };
-                    access.shared.finish(Err(error.into()));
-                    return;
-                }
-            },
+            AccessOp::Move { remote, .. } if self.sessions.contains_key(&remote.conn) => {
+                remote.conn
+            }
+            AccessOp::Move { .. } => {
+                let peer = access.token.addresses().join(", ");
+                access
+                    .shared
+                    .finish(Err(PeerError::NoSession { peer }.into()));
+                return;
+            }
         };
         access.conn = Some(conn);
         let moving = matches!(access.op, AccessOp::Move { .. });
@@ -162,11 +169,6 @@ impl Core {
         } else if session.phase != Phase::Connecting {
             self.send_region_open(conn, id);
         }
-    }
-
-    fn ready_session_to(&self, issuer: Incarnation) -> Option<ConnId> {
-        let conn = *self.dialled.get(&issuer)?;
-        (self.sessions.get(&conn)?.phase == Phase::Ready).then_some(conn)
     }
 
     /// A new offer has been made: what asked for keys behind the last one asks again.
@@ -238,15 +240,12 @@ impl Core {
         let Some(session) = self.sessions.get(&conn) else {
             return;
         };
-        let reached = session.lanes.iter().all(|lane| {
-            let mut keys = accept
-                .keys
-                .iter()
-                .filter(|key| key.rail == lane.remote_rail);
-            keys.next()
-                .is_some_and(|key| key.address.checked_add(accept.length).is_some())
-        });
-        if !reached {
+        let reached = session
+            .lanes
+            .iter()
+            .all(|lane| accept.keys.iter().any(|key| key.rail == lane.remote_rail));
+        let fits = |key: &RegionKey| key.address.checked_add(accept.length).is_some();
+        if !reached || !accept.keys.iter().all(fits) {
             self.violation(
                 conn,
                 "a rail without keys, or a region outside of the address space",
@@ -258,10 +257,12 @@ impl Core {
                 && access.token.can_read() == accept.read
                 && access.token.can_write() == accept.write;
             if matches {
-                access
-                    .shared
-                    .keys
-                    .update(|keys| *keys = Some(Arc::new(accept.keys)));
+                access.shared.keys.update(|keys| {
+                    *keys = Some(Arc::new(RegionKeys {
+                        conn,
+                        keys: accept.keys,
+                    }))
+                });
                 access.shared.finish(Ok(()));
             } else {
                 let detail = "the token does not say what the owner exports".to_owned();
@@ -338,8 +339,9 @@ impl Core {
         }
     }
 
-    /// A session is gone, and with it its lanes: accesses through them fail.
-    pub(super) fn stop_accesses(&mut self, error: &PeerError) {
+    /// A session is gone, and with it its lanes: accesses through them fail. Those of lanes that could not be fenced
+    /// keep their memory for good, because a device may still use it.
+    pub(super) fn stop_accesses(&mut self, error: &PeerError, unfenced: Option<&FabricError>) {
         let gone: Vec<u64> = self
             .accesses
             .iter()
@@ -351,8 +353,16 @@ impl Core {
             .map(|(&id, _)| id)
             .collect();
         for id in gone {
-            if let Some(access) = self.accesses.remove(&id) {
-                access.shared.finish(Err(error.clone().into()));
+            let Some(access) = self.accesses.remove(&id) else {
+                continue;
+            };
+            match unfenced {
+                Some(source) if access.in_flight > 0 => {
+                    let failure = AccessError::Unfenced(Box::new(source.clone()));
+                    access.shared.finish(Err(failure));
+                    std::mem::forget(access);
+                }
+                _ => access.shared.finish(Err(error.clone().into())),
             }
         }
     }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     endpoint::{PeerError, control::ConnId},
-    fabric::{FabricError, FabricKind},
+    fabric::{FabricError, FabricErrorKind, FabricKind},
     protocol::SendCredits,
     wire::{
         GoodbyeCode, Hello, HelloAck, HelloReject, Incarnation, LaneOffer, Message, RailOffer,
@@ -40,7 +40,8 @@ impl Core {
         timeout: Duration,
     ) -> ConnId {
         let conn = self.allocate_conn();
-        let mut kinds: Vec<FabricKind> = self.rails.iter().map(|rail| rail.kind).collect();
+        let usable = self.rails.iter().filter(|rail| rail.is_usable());
+        let mut kinds: Vec<FabricKind> = usable.map(|rail| rail.kind).collect();
         kinds.sort_unstable();
         kinds.dedup();
         let session = Session::dialled(expected, addresses.join(", "), kinds);
@@ -93,6 +94,15 @@ impl Core {
 
     fn offer_kind(&mut self, conn: ConnId, kind: FabricKind) -> Result<(), FabricError> {
         let rails = self.rails_of(kind);
+        if rails.is_empty() {
+            return Err(FabricError {
+                device: kind.to_string(),
+                port: 0,
+                operation: "make lanes",
+                kind: FabricErrorKind::Unavailable("every rail has failed".to_owned()),
+                hint: None,
+            });
+        }
         let mut lanes = Vec::new();
         let mut offers = Vec::new();
         for &rail in &rails {

@@ -41,7 +41,7 @@ mod tests;
 use std::{collections::HashMap, sync::Arc};
 
 pub(crate) use self::{
-    access::{AccessEntry, AccessOp, ExportRecord},
+    access::{AccessEntry, AccessOp, ExportRecord, RegionKeys},
     command::{Command, Control, ControlEvent},
     connect::ConnectEntry,
     reader::ArrivalEntry,
@@ -76,7 +76,17 @@ pub(super) struct Rail {
     pub(super) kind: FabricKind,
     /// Completion-queue entries that no lane has reserved.
     pub(super) completions_free: u32,
+    /// It cannot be polled any more.
     pub(super) dead: bool,
+    /// It did not fence a lane: what runs on it goes on, but nothing new does.
+    pub(super) distrusted: bool,
+}
+
+impl Rail {
+    /// Whether new lanes may be made on it.
+    pub(super) fn is_usable(&self) -> bool {
+        !self.dead && !self.distrusted
+    }
 }
 
 /// A device, its context, and the completion-queue entries it was opened with.
@@ -123,6 +133,7 @@ impl Core {
                 context,
                 completions_free,
                 dead: false,
+                distrusted: false,
             })
             .collect();
         Self {
@@ -420,9 +431,9 @@ impl Core {
         match session.role {
             Role::Dialler => {
                 // First, because abandoned requests would otherwise look like completed accesses.
-                self.stop_accesses(&error);
+                self.stop_accesses(&error, fenced.as_ref().err());
                 self.stop_connect(conn, &error);
-                self.stop_pushes(&mut session, &error);
+                self.stop_pushes(&mut session, &error, fenced.as_ref().err());
             }
             Role::Acceptor => self.stop_arrivals(&session, &error, fenced.err().as_ref()),
         }

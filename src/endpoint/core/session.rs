@@ -160,7 +160,7 @@ impl Core {
     /// The rails of `kind` that can be used.
     pub(super) fn rails_of(&self, kind: FabricKind) -> Vec<usize> {
         (0..self.rails.len())
-            .filter(|&rail| self.rails[rail].kind == kind && !self.rails[rail].dead)
+            .filter(|&rail| self.rails[rail].kind == kind && self.rails[rail].is_usable())
             .collect()
     }
 
@@ -168,7 +168,7 @@ impl Core {
     pub(super) fn supported(&self) -> u8 {
         self.rails
             .iter()
-            .filter(|rail| !rail.dead)
+            .filter(|rail| rail.is_usable())
             .fold(0, |mask, rail| mask | rail.kind as u8)
     }
 
@@ -254,7 +254,7 @@ impl Core {
                 Ok(()) => rail.completions_free += lane.reserved,
                 Err(error) => {
                     tracing::error!(%error, "a lane could not be fenced");
-                    rail.dead = true;
+                    rail.distrusted = true;
                     result = result.and(Err(error));
                 }
             }

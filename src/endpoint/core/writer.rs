@@ -15,7 +15,7 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::{FabricKind, LocalKey},
+    fabric::{FabricError, FabricKind, LocalKey},
     kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
@@ -458,10 +458,29 @@ impl Core {
         }
     }
 
-    /// The lanes of `session` are gone: its pushes fail.
-    pub(super) fn stop_pushes(&mut self, session: &mut Session, error: &PeerError) {
+    /// The lanes of `session` are gone: its pushes fail. Those of lanes that could not be fenced keep their memory for
+    /// good, because a device may still read it.
+    pub(super) fn stop_pushes(
+        &mut self,
+        session: &mut Session,
+        error: &PeerError,
+        unfenced: Option<&FabricError>,
+    ) {
         for id in std::mem::take(&mut session.pushes) {
-            self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone())));
+            let posted = self.pushes.get(&id).is_some_and(|push| push.requests > 0);
+            match unfenced {
+                Some(source) if posted => {
+                    let Some(push) = self.pushes.remove(&id) else {
+                        continue;
+                    };
+                    let failure = PushError::Unfenced(Box::new(source.clone()));
+                    push.shared
+                        .signal
+                        .update(|phase| *phase = PushPhase::Ended(Err(failure)));
+                    std::mem::forget(push);
+                }
+                _ => self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone()))),
+            }
         }
         // What was in flight is so no more. Pushes that were draining end here with their own reason.
         let mut abandoned = Vec::new();

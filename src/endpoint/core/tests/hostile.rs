@@ -253,7 +253,7 @@ fn nothing_a_peer_says_ends_an_access_that_moves_bytes() {
         length: REGION,
         read: true,
         write: true,
-        keys: keys.to_vec(),
+        keys: keys.keys.clone(),
     });
     let refuse = Message::RegionRefuse(RegionRefuse {
         request,
@@ -293,4 +293,122 @@ fn an_exported_region_outside_of_the_address_space_is_a_violation() {
     );
     assert!(protocol, "{end:?}");
     assert!(world.nodes[0].core.sessions.is_empty());
+}
+
+/// Keys belong to the session that learnt them, whatever rails a later one of the same incarnation has.
+#[test]
+fn keys_of_a_session_that_has_ended_lead_nowhere() {
+    let mut world = World::with_rails(8, &[1, 2], &Config::default());
+    let (_exported, token, _theirs) = world.nodes[1].export(REGION, Access::ALL);
+    let (local, _, _ours) = world.nodes[0].export(REGION, Access::LOCAL);
+    world.tamper = Some(Box::new(|_, bytes| {
+        let mut message = Message::decode(&bytes).unwrap();
+        if let Message::RegionAccept(accept) = &mut message {
+            let mut other = accept.keys[0];
+            other.rail = 1;
+            accept.keys.push(other);
+        }
+        vec![message.encode().unwrap()]
+    }));
+    let open = world.nodes[0].access(&token, AccessOp::Open);
+    world.run(Duration::from_millis(20), |_| {});
+    assert_eq!(ended(&open), Some(Ok(())));
+    let keys = open.keys.look(Clone::clone).unwrap();
+    world.cut(0);
+    world.run(Duration::from_millis(20), |_| {});
+    world.tamper = Some(Box::new(|_, bytes| {
+        let mut message = Message::decode(&bytes).unwrap();
+        if let Message::HelloAck(ack) = &mut message {
+            ack.lanes.iter_mut().for_each(|lane| lane.rail = 1);
+        }
+        if let Message::RegionAccept(accept) = &mut message {
+            accept.keys[0].rail = 1;
+        }
+        vec![message.encode().unwrap()]
+    }));
+    let open = world.nodes[0].access(&token, AccessOp::Open);
+    world.run(Duration::from_millis(20), |_| {});
+    assert_eq!(ended(&open), Some(Ok(())));
+    let write = AccessOp::Move {
+        read: false,
+        local,
+        local_offset: 0,
+        remote: keys,
+        remote_offset: 100,
+        length: 1000,
+    };
+    let write = world.nodes[0].access(&token, write);
+    world.run(Duration::from_millis(20), |_| {});
+    let end = ended(&write);
+    assert!(
+        matches!(
+            end,
+            Some(Err(AccessError::Peer(PeerError::NoSession { .. })))
+        ),
+        "{end:?}"
+    );
+}
+
+/// A peer cannot make a session without lanes.
+#[test]
+fn an_answer_to_an_offer_of_no_lanes_is_a_violation() {
+    let layout = layout();
+    let mut world = World::new(9, 2, &Config::default());
+    let (source, _source_memory) = world.nodes[0].pool(&layout, 7);
+    let (pool, _memory) = world.nodes[1].pool(&layout, 0);
+    world.nodes[0].core.rails[0].dead = true;
+    let theirs = world.nodes[1].shared.incarnation;
+    world.tamper = Some(Box::new(move |from, bytes| {
+        let message = Message::decode(&bytes).unwrap();
+        if let (1, Message::HelloReject(_)) = (from, &message) {
+            let ack = crate::wire::HelloAck {
+                incarnation: theirs,
+                name: String::new(),
+                lanes: vec![],
+                receives_per_lane: 1,
+                keepalive_ms: 0,
+            };
+            let accept = Accept {
+                push: 1,
+                slot: 0,
+                remaining_ns: 1_000_000_000,
+                tail: crate::wire::TailTarget {
+                    address: 0,
+                    keys: vec![],
+                    capacity: 1016,
+                },
+                pool: Some(PoolDescriptor {
+                    pool: crate::wire::PoolId(1),
+                    layout: layout.clone(),
+                    regions: crate::kv::region_lengths(&layout)
+                        .unwrap()
+                        .into_iter()
+                        .map(|length| crate::wire::RegionDescriptor {
+                            length,
+                            keys: vec![],
+                        })
+                        .collect(),
+                }),
+            };
+            return vec![
+                Message::HelloAck(ack).encode().unwrap(),
+                Message::Accept(Box::new(accept)).encode().unwrap(),
+            ];
+        }
+        vec![bytes]
+    }));
+    let arrival = pool.grant("x", &[1, 2], Duration::from_secs(10)).unwrap();
+    let shared = &world.nodes[0].shared;
+    let push = shared
+        .start_push(&source, arrival.grant().clone(), None)
+        .unwrap();
+    world.run(Duration::from_millis(20), |_| {});
+    println!("opened {:?}", push.poll_opened());
+    if push.poll_opened() == Some(Ok(())) {
+        drop(push.layer(0, &[1, 2]));
+        drop(push.start_finish("end"));
+        world.run(Duration::from_millis(20), |_| {});
+    }
+    let end = push.poll_ended();
+    assert!(matches!(end, Some(Err(_))), "{end:?}");
 }

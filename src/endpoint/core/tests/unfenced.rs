@@ -172,9 +172,108 @@ fn pages_behind_lanes_that_cannot_be_fenced_are_never_given_back() {
     world.run(Duration::from_millis(20), |_| {});
     assert_eq!(push.poll_opened(), Some(Ok(())));
     let reader = &world.nodes[2].core;
-    assert!(reader.rails[1].dead && !reader.rails[0].dead);
+    assert!(!reader.rails[1].is_usable() && reader.rails[0].is_usable());
     assert!(reader.lanes.keys().all(|(rail, _)| *rail == 0));
     finish(&mut world, &push, &[5, 6], 0);
     assert_eq!(next.poll_complete().unwrap().unwrap(), "end");
     assert_eq!(pool.granted_pages(), 3);
+}
+
+/// A rail that is set aside because of one session still serves the others that it has.
+#[test]
+fn other_sessions_of_the_rail_go_on() {
+    let shape = KvShape {
+        layers: 2,
+        tokens_per_page: 4,
+        heads: HeadRange::new(0, 2),
+        head_dim: 16,
+        dtype: Dtype::Bf16,
+    };
+    let layout = shape.vllm_flash(16).unwrap();
+    let mut world = World::with_rails(3, &[1, 1, 1], &Config::default());
+    let (a, _a) = world.nodes[0].pool(&layout, 1);
+    let (b, _b) = world.nodes[1].pool(&layout, 2);
+    let (pool, _memory) = world.nodes[2].pool(&layout, 0);
+    let deadline = Duration::from_secs(10);
+    let one = pool.grant("one", &[1], deadline).unwrap();
+    let two = pool.grant("two", &[2], deadline).unwrap();
+    let s = |n: usize, p, g: &crate::endpoint::Arrival| {
+        world.nodes[n]
+            .shared
+            .start_push(p, g.grant().clone(), None)
+            .unwrap()
+    };
+    let (_p, q) = (s(0, &a, &one), s(1, &b, &two));
+    world.run(Duration::from_millis(20), |_| {});
+    world.nodes[2].unfenceable[0].store(true, Ordering::Relaxed);
+    world.cut(0);
+    world.run(Duration::from_millis(5), |_| {});
+    world.nodes[2].unfenceable[0].store(false, Ordering::Relaxed);
+    q.layer(0, &[2]).unwrap();
+    q.layer(1, &[2]).unwrap();
+    q.start_finish("end").unwrap();
+    world.run(Duration::from_millis(100), |_| {});
+    assert!(
+        matches!(q.poll_ended(), Some(Ok(_))),
+        "{:?}",
+        q.poll_ended()
+    );
+    assert_eq!(two.poll_complete().unwrap().unwrap(), "end");
+    let end = one.poll_complete();
+    assert!(
+        matches!(end, Some(Err(ArrivalError::Unfenced(_)))),
+        "{end:?}"
+    );
+}
+
+/// The dialling side cannot fence while a read is in flight: the bytes still land, so the memory is kept and the caller
+/// is told.
+#[test]
+fn a_read_whose_lanes_cannot_be_fenced_keeps_its_memory() {
+    use crate::{
+        endpoint::{AccessError, core::AccessOp},
+        fabric::Access,
+    };
+    let mut world = World::with_rails(3, &[1, 1], &Config::default());
+    let (_e, token, theirs) = world.nodes[1].export(1 << 20, Access::ALL);
+    let (local, _, ours) = world.nodes[0].export(1 << 20, Access::LOCAL);
+    theirs.fill(0, 1 << 20, 9).unwrap();
+    let open = world.nodes[0].access(&token, AccessOp::Open);
+    world.run(Duration::from_millis(20), |_| {});
+    let remote = open.keys.look(Clone::clone).unwrap();
+    let op = AccessOp::Move {
+        read: true,
+        local: Arc::clone(&local),
+        local_offset: 0,
+        remote,
+        remote_offset: 0,
+        length: 1 << 20,
+    };
+    let read = world.nodes[0].access(&token, op);
+    world.round();
+    world.nodes[0].unfenceable[0].store(true, Ordering::Relaxed);
+    let conn = world.conns_of(0)[0];
+    world.nodes[1].running = false;
+    let bye = crate::wire::Message::Goodbye(crate::wire::Goodbye {
+        code: crate::wire::GoodbyeCode::Error,
+        detail: String::new(),
+    });
+    world.inject(0, conn, &bye);
+    world.round();
+    let end = read.signal.look(Clone::clone);
+    assert!(
+        matches!(end, Some(Err(AccessError::Unfenced(_)))),
+        "{end:?}"
+    );
+    let record = Arc::downgrade(&local.record);
+    drop(local);
+    world.run(Duration::from_millis(20), |_| {});
+    let mut after = vec![0; 1 << 20];
+    ours.read(0, &mut after).unwrap();
+    assert!(
+        after.contains(&9),
+        "nothing landed: the test is worth nothing"
+    );
+    let kept = record.upgrade().is_some();
+    assert!(kept, "memory that a device still writes was let go");
 }
