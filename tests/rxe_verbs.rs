@@ -17,12 +17,17 @@ use std::{
 
 use harness::{LANE, Memory, PATIENCE, Pair, request, sge};
 use kvpush::fabric::{
-    Access, CompletionKind, Device, FabricErrorKind, LaneAddress, LaneConfig, Opcode, RemoteKey,
-    Status,
+    Access, CompletionKind, Device, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, Opcode,
+    RemoteKey, Status,
     verbs::{
         GidType, LibraryFacts, LinkLayer, PortState, Severity, VerbsConfig, VerbsDevice, diagnose,
         inventory,
     },
+};
+use kvpush::{
+    Auth, Endpoint,
+    kv::{Dtype, HeadRange, presets::KvShape, region_lengths},
+    memory::{HostMemory, HugePages, MemoryKind},
 };
 
 fn devices(config: &VerbsConfig) -> (Arc<VerbsDevice>, Arc<VerbsDevice>) {
@@ -367,4 +372,65 @@ fn a_port_that_goes_and_comes_back_is_noticed_and_used_again() {
     });
     assert_eq!(pair.b.done[0].kind, CompletionKind::Received { imm: 5 });
     assert_eq!(to.all(), from.all());
+}
+
+/// Both caches in huge pages, which only a guest of our own is sure to have.
+#[test]
+#[ignore = "needs an RDMA device: cargo xtask rxe"]
+fn huge_pages_are_pushed() {
+    const SIZE: u64 = 2 << 20;
+    fs::write("/proc/sys/vm/nr_hugepages", "8").expect("root in a guest");
+    let shape = KvShape {
+        layers: 1,
+        tokens_per_page: 16,
+        heads: HeadRange::new(0, 4),
+        head_dim: 128,
+        dtype: Dtype::Bf16,
+    };
+    let layout = shape.vllm_flash(64).expect("a layout");
+    assert_eq!(region_lengths(&layout), Ok(vec![SIZE]));
+    let start = |name: &str| {
+        let verbs = VerbsConfig {
+            timeout: 18,
+            ..VerbsConfig::default()
+        };
+        let builder = Endpoint::builder()
+            .name(name)
+            .auth(Auth::psk([3; 32]))
+            .verbs(verbs);
+        let endpoint = builder
+            .fabrics([FabricKind::Verbs])
+            .bind("127.0.0.1:0")
+            .expect("bind");
+        let memory = Arc::new(HostMemory::huge(SIZE, HugePages::Size2M).expect("huge pages"));
+        assert_eq!(
+            kvpush::memory::Memory::kind(&*memory),
+            MemoryKind::HugePages(SIZE)
+        );
+        let shared = vec![Arc::clone(&memory) as Arc<dyn kvpush::memory::Memory>];
+        let pool = endpoint
+            .register_pool(layout.clone(), shared)
+            .expect("register");
+        (endpoint, pool, memory)
+    };
+    let (prefill, source, from) = start("prefill");
+    let (_decode, destination, to) = start("decode");
+    let bytes: Vec<u8> = (0..SIZE).map(|i| (i * 7 % 251) as u8).collect();
+    from.write(0, &bytes).expect("fill");
+    let pages: Vec<u32> = (0..64).collect();
+    let arrival = destination.grant("huge", &pages, PATIENCE).expect("grant");
+    let push = prefill
+        .push_blocking(&source, arrival.grant().clone(), PATIENCE)
+        .expect("open");
+    push.layer(0, &pages).expect("push");
+    push.finish_blocking("", PATIENCE)
+        .expect("no hang")
+        .expect("finish");
+    arrival
+        .complete_blocking(PATIENCE)
+        .expect("no hang")
+        .expect("complete");
+    let mut found = vec![0; bytes.len()];
+    to.read(0, &mut found).expect("read");
+    assert!(found == bytes, "other bytes");
 }

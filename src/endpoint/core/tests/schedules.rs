@@ -381,3 +381,41 @@ fn invariants_hold_under_random_schedules() {
         );
     }
 }
+
+/// The checker can fail: a byte that changes after an end has been reported is noticed.
+#[test]
+#[should_panic(expected = "a write landed after the end was reported")]
+fn a_late_write_is_noticed() {
+    let mut world = World::new(1, 3, &config(1));
+    let layout = layout();
+    let side = |(pool, memory)| Side { pool, memory };
+    let nodes = &world.nodes;
+    let mut run = Run {
+        seed: 1,
+        sources: nodes.iter().map(|n| side(n.pool(&layout, 0))).collect(),
+        destinations: nodes
+            .iter()
+            .map(|n| side(n.pool(&layout, POISON)))
+            .collect(),
+        transfers: Vec::new(),
+        free: vec![(0..PAGES).collect(); 3],
+    };
+    let arrival = run.destinations[0]
+        .pool
+        .grant("late", &[3], Duration::from_millis(1))
+        .unwrap();
+    run.transfers.push(Transfer {
+        arrival,
+        push: None,
+        pages: vec![3],
+        byte: 1,
+        next_layer: 0,
+        finished: false,
+        frozen: None,
+        pool: 0,
+    });
+    world.run(Duration::from_millis(2), |world| run.check(world));
+    assert!(run.transfers[0].frozen.is_some(), "the grant has expired");
+    fill_pages(&run.destinations[0], &[3], 1);
+    run.check(&mut world);
+}
