@@ -57,6 +57,8 @@ pub(super) struct Driver {
     wake: WakeHandle,
     polling: Polling,
     origin: Instant,
+    /// What to sleep on; kept so that sleeping does not allocate.
+    polls: Vec<libc::pollfd>,
 }
 
 impl Driver {
@@ -74,6 +76,7 @@ impl Driver {
             wake,
             polling,
             origin: Instant::now(),
+            polls: Vec::new(),
         }
     }
 
@@ -125,10 +128,11 @@ impl Driver {
     }
 
     fn sleep(&mut self, closed: &impl Fn() -> bool) {
-        let mut fds: Vec<RawFd> = vec![self.wake.fd()];
+        self.polls.clear();
+        self.polls.push(readable(self.wake.fd()));
         for context in self.core.contexts() {
             match context.arm() {
-                Ok(true) => fds.push(context.wait_fd()),
+                Ok(true) => self.polls.push(readable(context.wait_fd())),
                 Ok(false) => return,
                 // The next poll reports it in full.
                 Err(error) => {
@@ -142,22 +146,22 @@ impl Driver {
             let timeout = self.core.next_deadline().map_or(LONGEST_SLEEP, |deadline| {
                 self.now().until(deadline).min(LONGEST_SLEEP)
             });
-            wait_readable(&fds, timeout);
+            wait(&mut self.polls, timeout);
         }
         self.wake.awake();
     }
 }
 
-/// Sleeps until one of `fds` is readable or `timeout` has passed. A signal may end it early.
-fn wait_readable(fds: &[RawFd], timeout: Duration) {
-    let mut polls: Vec<libc::pollfd> = fds
-        .iter()
-        .map(|&fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        })
-        .collect();
+fn readable(fd: RawFd) -> libc::pollfd {
+    libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    }
+}
+
+/// Sleeps until one of `polls` is ready or `timeout` has passed. A signal may end it early.
+fn wait(polls: &mut [libc::pollfd], timeout: Duration) {
     let timeout = libc::timespec {
         tv_sec: timeout.as_secs() as libc::time_t,
         tv_nsec: timeout.subsec_nanos().into(),

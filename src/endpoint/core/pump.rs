@@ -10,9 +10,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::{AccessEntry, Core, PushEntry, Rail, session::Lane};
 use crate::{
-    endpoint::control::ConnId,
+    endpoint::{PeerError, control::ConnId},
     fabric::{FabricError, Opcode, Sge, WorkRequest},
     protocol::Batch,
+    wire::GoodbyeCode,
 };
 
 /// Requests handed to a device at once.
@@ -87,7 +88,6 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        let peer = session.name();
         let Some(lane) = session.lanes.get_mut(lane) else {
             return;
         };
@@ -101,15 +101,11 @@ impl Core {
             scratch: &mut self.scratch,
         };
         if let Err(source) = work.run(lane) {
-            let error = crate::endpoint::PeerError::Fabric {
-                peer,
+            let error = PeerError::Fabric {
+                peer: session.name(),
                 source: source.into(),
             };
-            self.end_session(
-                conn,
-                error,
-                Some((crate::wire::GoodbyeCode::Error, "post failed")),
-            );
+            self.end_session(conn, error, Some((GoodbyeCode::Error, "post failed")));
         }
     }
 
