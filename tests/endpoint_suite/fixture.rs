@@ -1,7 +1,11 @@
 //! Endpoints over one fabric, and pools whose every byte is known.
 
 use std::{
-    sync::Arc,
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -70,6 +74,15 @@ impl Fabric {
             "the fabric under test"
         );
         endpoint
+    }
+
+    /// An endpoint on an address of its own, whose port no other test takes when it has been shut down.
+    pub(crate) fn alone(&self, name: &str) -> Endpoint {
+        static NEXT: AtomicU8 = AtomicU8::new(2);
+        let host = Ipv4Addr::new(127, 0, 1, NEXT.fetch_add(1, Ordering::Relaxed));
+        self.builder(name)
+            .bind((host, 0))
+            .expect("start an endpoint")
     }
 
     /// A writer and a reader.

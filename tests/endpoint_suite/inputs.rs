@@ -281,7 +281,7 @@ pub(crate) fn another_key_is_refused(fabric: &Fabric) {
 }
 
 pub(crate) fn nobody_there(fabric: &Fabric) {
-    let (prefill, decode) = fabric.pair();
+    let (prefill, decode) = (fabric.endpoint("prefill"), fabric.alone("decode"));
     let layout = plain(2, 8);
     let source = Cache::filled(&prefill, &layout, 1);
     let destination = Cache::poisoned(&decode, &layout);

@@ -198,7 +198,7 @@ pub(crate) fn dropped_by_the_reader(fabric: &Fabric) {
 
 /// A reader that comes back under the same address is another incarnation: its predecessor's grants are refused.
 pub(crate) fn a_restarted_reader_refuses_old_grants(fabric: &Fabric) {
-    let (prefill, decode) = fabric.pair();
+    let (prefill, decode) = (fabric.endpoint("prefill"), fabric.alone("decode"));
     let layout = plain(2, 8);
     let source = Cache::filled(&prefill, &layout, 1);
     let first = Cache::poisoned(&decode, &layout);
@@ -215,16 +215,21 @@ pub(crate) fn a_restarted_reader_refuses_old_grants(fabric: &Fabric) {
         .bind(address)
         .expect("the same address");
     let destination = Cache::poisoned(&again, &layout);
-    let result = prefill.push_blocking(&source.pool, old, LONG);
-    match result {
-        Err(PushError::Peer(PeerError::Restarted {
-            found, expected, ..
-        })) => {
-            assert_eq!(found, again.incarnation());
-            assert_ne!(found, expected);
+    let mut refused = None;
+    eventually("the restart is noticed", || {
+        match prefill.push_blocking(&source.pool, old.clone(), LONG) {
+            Err(PushError::Peer(PeerError::Restarted {
+                found, expected, ..
+            })) => refused = Some((found, expected)),
+            // The writer may not yet have heard that its session with the first one has ended.
+            Err(PushError::Peer(error)) => assert!(error.is_retryable(), "{error}"),
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
-    }
+        refused.is_some()
+    });
+    let (found, expected) = refused.unwrap();
+    assert_eq!(found, again.incarnation());
+    assert_ne!(found, expected);
     assert!(
         destination
             .bytes()

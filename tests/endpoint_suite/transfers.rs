@@ -426,7 +426,7 @@ pub(crate) fn futures_of_any_runtime(fabric: &Fabric) {
 }
 
 pub(crate) fn a_session_made_ahead_is_used(fabric: &Fabric) {
-    let (prefill, decode) = fabric.pair();
+    let (prefill, decode) = (fabric.endpoint("prefill"), fabric.alone("decode"));
     let address = decode.local_address().to_string();
     assert_eq!(prefill.connect_blocking(&address), Ok(decode.incarnation()));
     assert_eq!(
