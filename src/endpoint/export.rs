@@ -83,10 +83,7 @@ impl Endpoint {
     /// Like [`Endpoint::open_region`], blocking. It ends by [`super::Builder::open_timeout`].
     pub fn open_region_blocking(&self, token: RegionToken) -> Result<RemoteRegion, AccessError> {
         let shared = self.start_open(&token)?;
-        shared
-            .signal
-            .wait(None, Clone::clone)
-            .unwrap_or(Err(AccessError::Expired))?;
+        wait(&shared)?;
         self.opened_region(token, &shared)
     }
 

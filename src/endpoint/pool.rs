@@ -175,7 +175,6 @@ impl Pool {
                 layers,
                 parts_per_layer,
             })?;
-        pages::check_range(pages, record.layout.pages)?;
         pages::check_unique(pages, record.layout.pages)?;
         let limit = config.max_transfers;
         let tail_slot = endpoint.tails.take().ok_or(IssueError::TooMany { limit })?;

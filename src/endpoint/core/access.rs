@@ -213,9 +213,7 @@ impl Core {
                 "the endpoint has restarted since",
             ),
             Some(export) if Digest(export.nonce).matches(&Digest(open.nonce)) => {
-                let mut rails: Vec<usize> = session.lanes.iter().map(|lane| lane.rail).collect();
-                rails.sort_unstable();
-                rails.dedup();
+                let rails = session.rails();
                 Message::RegionAccept(RegionAccept {
                     request,
                     length: export.region.length(),

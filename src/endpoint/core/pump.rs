@@ -418,9 +418,9 @@ impl Work<'_> {
         // every request has ended, because an entry ends only when all that was posted for it has been retired
         // (`PushMachine`, `access_retired`) or after `end_session` has destroyed the lanes, as it does when a post
         // fails half-way. (So no message of a peer may end an access that moves bytes, as `region_accepted` and
-        // `region_refused` end one that opens.) When the core is dropped, its rails go before the entries. An exported
-        // region may be deregistered under an access whose caller has gone: its memory stays, the request fails. That
-        // source pages do not change is asked of the pusher; if they do, the peer gets a mix. Inline elements are
+        // `region_refused` end one that opens.) When the core is dropped, its rails go before the entries. An access
+        // holds its local region's handle, so that region stays registered though its owner may have gone. That source
+        // pages do not change is asked of the pusher; if they do, the peer gets a mix. Inline elements are
         // tails, which nobody writes once the push is finished.
         let result = unsafe {
             self.rail

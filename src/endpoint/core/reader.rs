@@ -146,24 +146,16 @@ impl Core {
                 "the endpoint has restarted since",
             ));
         }
-        let ended = (
-            RefuseCode::StaleGeneration,
-            "the grant has completed, expired or been revoked",
-        );
-        let Some(arrival) = self.arrivals.get_mut(&open.grant.slot) else {
-            return Err(if self.tails.knows(open.grant) {
-                ended
-            } else {
-                (RefuseCode::UnknownGrant, "")
+        let granted = self.arrivals.get_mut(&open.grant.slot);
+        let Some(arrival) = granted.filter(|arrival| arrival.grant.id() == open.grant) else {
+            return Err(match self.tails.knows(open.grant) {
+                true => (
+                    RefuseCode::StaleGeneration,
+                    "the grant has completed, expired or been revoked",
+                ),
+                false => (RefuseCode::UnknownGrant, ""),
             });
         };
-        if arrival.grant.id() != open.grant {
-            return Err(if self.tails.knows(open.grant) {
-                ended
-            } else {
-                (RefuseCode::UnknownGrant, "")
-            });
-        }
         if !arrival.grant.digest().matches(&open.digest) || arrival.grant.pool() != open.pool {
             return Err((
                 RefuseCode::DigestMismatch,
@@ -184,9 +176,7 @@ impl Core {
             return Err((RefuseCode::Expired, "its deadline has passed"));
         };
         arrival.opened = Some((conn, open.push, slot));
-        let mut rails: Vec<usize> = session.lanes.iter().map(|lane| lane.rail).collect();
-        rails.sort_unstable();
-        rails.dedup();
+        let rails = session.rails();
         let record = &arrival.pool.record;
         let pool = open.want_pool.then(|| PoolDescriptor {
             pool: record.id,

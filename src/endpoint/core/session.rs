@@ -113,6 +113,14 @@ impl Session {
             .unwrap_or(0) as u16
     }
 
+    /// Our rails that its lanes use, each once.
+    pub(super) fn rails(&self) -> Vec<usize> {
+        let mut rails: Vec<usize> = self.lanes.iter().map(|lane| lane.rail).collect();
+        rails.sort_unstable();
+        rails.dedup();
+        rails
+    }
+
     /// The peer for people: its own name, and its address.
     pub(super) fn name(&self) -> String {
         match self.peer {

@@ -281,8 +281,7 @@ impl Core {
             let part = blocks.part(layer, block);
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
-            let completes =
-                (*remaining == 0).then(|| Imm::new(push.slot, part).map_or(0, Imm::to_wire));
+            let completes = (*remaining == 0).then(|| push.imm(part));
             let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
             push.machine.queue();
             session.lanes[usize::from(lane)]
@@ -345,9 +344,6 @@ impl Core {
             return;
         };
         let action = push.machine.tick(self.now);
-        if action == PushAction::None {
-            return;
-        }
         self.push_action(id, action);
     }
 

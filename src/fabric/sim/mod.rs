@@ -33,7 +33,7 @@ mod packet;
 mod post;
 mod requester;
 mod responder;
-mod rng;
+pub(crate) mod rng;
 mod stats;
 mod trace;
 mod world;

@@ -36,8 +36,7 @@ OPTIONS
     -h, --help           Show this text
 
 IN A GUEST
-    KVPUSH_TEST_FABRIC=verbs and KVPUSH_REQUIRE_RXE=1 are set; of two guests each also knows KVPUSH_GUEST_ADDR and
-    KVPUSH_GUEST_PEER. Files written to /out are found in target/rxe/runs/*/*/out afterwards, beside the logs; all
+    Of two guests each knows KVPUSH_GUEST_ADDR and KVPUSH_GUEST_PEER. Files written to /out are found in target/rxe/runs/*/*/out afterwards, beside the logs; all
     other writes are lost. Scripts may call wait_for_tcp HOST PORT, wait_for_listener PORT and, in guest b,
     serve_until_stopped COMMAND….
 
@@ -148,8 +147,6 @@ impl Options {
             .memory_mib(self.memory_mib.unwrap_or(2048))
             .cpus(self.cpus.unwrap_or(2))
             .timeout(Duration::from_secs(self.timeout.unwrap_or(1200)))
-            .env("KVPUSH_TEST_FABRIC", "verbs")
-            .env("KVPUSH_REQUIRE_RXE", "1")
     }
 }
 

@@ -16,7 +16,7 @@ const LAYERS: usize = 3;
 const PAGES: u32 = 24;
 const POISON: u8 = 0xa5;
 
-fn layout() -> KvLayout {
+fn layout(pages: u32) -> KvLayout {
     let shape = KvShape {
         layers: LAYERS as u32,
         tokens_per_page: 4,
@@ -24,7 +24,7 @@ fn layout() -> KvLayout {
         head_dim: 16,
         dtype: Dtype::Bf16,
     };
-    shape.vllm_flash(PAGES).unwrap()
+    shape.vllm_flash(pages).unwrap()
 }
 
 fn config(random: u64) -> Config {
@@ -296,22 +296,8 @@ impl Run {
 /// Runs one schedule. Returns how many transfers completed, and how many ended otherwise.
 fn schedule(seed: u64) -> (usize, usize) {
     let mut world = World::new(seed, 3, &config(seed));
-    let layout = layout();
-    let source_layout = KvLayout {
-        pages: 8 * 152,
-        ..layout.clone()
-    };
-    let source_layout = {
-        // The same shape with room for every transfer's own pages.
-        let shape = KvShape {
-            layers: LAYERS as u32,
-            tokens_per_page: 4,
-            heads: HeadRange::new(0, 2),
-            head_dim: 16,
-            dtype: Dtype::Bf16,
-        };
-        shape.vllm_flash(source_layout.pages).unwrap()
-    };
+    // Room for every transfer's own pages.
+    let (source_layout, layout) = (layout(8 * 152), layout(PAGES));
     let side = |(pool, memory)| Side { pool, memory };
     let mut run = Run {
         seed,
@@ -387,7 +373,7 @@ fn invariants_hold_under_random_schedules() {
 #[should_panic(expected = "a write landed after the end was reported")]
 fn a_late_write_is_noticed() {
     let mut world = World::new(1, 3, &config(1));
-    let layout = layout();
+    let layout = layout(PAGES);
     let side = |(pool, memory)| Side { pool, memory };
     let nodes = &world.nodes;
     let mut run = Run {

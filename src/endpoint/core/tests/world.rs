@@ -29,7 +29,7 @@ use crate::{
     },
     fabric::{
         Access, Context, Device,
-        sim::{SimConfig, SimNet},
+        sim::{SimConfig, SimNet, rng::Rng},
     },
     kv::{KvLayout, region_lengths},
     memory::{HostMemory, Memory},
@@ -95,20 +95,16 @@ pub(super) struct World {
     pub(super) tamper: Option<Tamper>,
 }
 
-/// splitmix64.
-pub(super) struct Random(u64);
+/// The simulation's generator, with the draws that schedules need.
+pub(super) struct Random(Rng);
 
 impl Random {
     pub(super) fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(Rng::new(seed))
     }
 
     pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
     pub(super) fn below(&mut self, limit: u64) -> u64 {
