@@ -29,8 +29,8 @@ pub use crate::wire::{FabricKind, LaneAddress, RemoteKey};
 pub use caps::{Capabilities, DeviceInfo, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};
 pub use request::{
-    Access, Completion, CompletionKind, LaneConfig, LaneId, LocalKey, MemoryKeys, MrId, Opcode,
-    Sge, Status, WorkRequest,
+    Access, Completion, CompletionKind, DmabufRange, LaneConfig, LaneId, LocalKey, MemoryKeys,
+    MrId, Opcode, Sge, Status, WorkRequest,
 };
 
 use std::{net::IpAddr, os::fd::RawFd, sync::Arc};
@@ -55,6 +55,30 @@ pub trait Device: Send + Sync {
         length: u64,
         access: Access,
     ) -> Result<MemoryKeys, FabricError>;
+
+    /// Registers a range of a dmabuf. Requests and peers name its first byte by `range.address`.
+    ///
+    /// The file may be closed afterwards: the registration holds what it needs.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Device::register`], for the bytes behind the range: whoever owns them must let the device (or, on a
+    /// software fabric, this process through a mapping of the file) read and write them until the registration ends.
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        let _ = (range, access);
+        let info = self.info();
+        Err(FabricError {
+            device: info.name.clone(),
+            port: info.port,
+            operation: "register a dmabuf",
+            kind: FabricErrorKind::Unavailable("not implemented by this fabric".to_owned()),
+            hint: None,
+        })
+    }
 
     /// Opens the data path. A device serves one context.
     fn open_context(

@@ -1,6 +1,6 @@
 //! Requests, keys and completions as plain data.
 
-use std::fmt;
+use std::{fmt, os::fd::BorrowedFd};
 
 use crate::wire::RemoteKey;
 
@@ -34,6 +34,20 @@ impl Access {
         remote_write: true,
         remote_read: true,
     };
+}
+
+/// A piece of a dmabuf to register.
+#[derive(Clone, Copy, Debug)]
+pub struct DmabufRange<'a> {
+    /// The file.
+    pub fd: BorrowedFd<'a>,
+    /// Where in the file the range begins.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// How requests and peers name the first byte (the I/O virtual address). Verbs want it at the same place within
+    /// its page as `offset` is in the file.
+    pub address: u64,
 }
 
 /// Names a registration in requests of its own device.

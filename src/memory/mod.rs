@@ -4,9 +4,13 @@
 //! reference to it; bytes go in and out by copies through raw pointers, and an arrival that has completed is what says
 //! that a range is at rest.
 
+mod device;
 mod error;
 mod host;
 
+pub use device::{
+    BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Ticket,
+};
 pub use error::MemoryError;
 pub use host::{HostMemory, HugePages};
 
@@ -39,4 +43,9 @@ pub unsafe trait Memory: Send + Sync + std::fmt::Debug {
 
     /// What kind it is.
     fn kind(&self) -> MemoryKind;
+
+    /// What it can do beyond being addresses, if it lives on a device. Host memory has nothing.
+    fn device(&self) -> Option<&dyn DeviceMemory> {
+        None
+    }
 }
