@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashMap},
+    collections::{BTreeMap, BinaryHeap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc,
@@ -85,12 +85,12 @@ pub(super) struct World {
     pub(super) random: Random,
     /// Control events on their way: time, a number that keeps the order, whose, what.
     transit: BinaryHeap<Reverse<(u64, u64, usize)>>,
-    events: HashMap<u64, ControlEvent>,
+    events: BTreeMap<u64, ControlEvent>,
     sequence: u64,
     /// Both ends of each connection.
-    ends: HashMap<(usize, ConnId), (usize, ConnId)>,
+    ends: BTreeMap<(usize, ConnId), (usize, ConnId)>,
     /// Nothing overtakes on one connection.
-    latest: HashMap<(usize, ConnId), u64>,
+    latest: BTreeMap<(usize, ConnId), u64>,
     accepted: u64,
     pub(super) tamper: Option<Tamper>,
 }
@@ -135,10 +135,10 @@ impl World {
             nodes,
             random: Random::new(seed),
             transit: BinaryHeap::new(),
-            events: HashMap::new(),
+            events: BTreeMap::new(),
             sequence: 0,
-            ends: HashMap::new(),
-            latest: HashMap::new(),
+            ends: BTreeMap::new(),
+            latest: BTreeMap::new(),
             accepted: 0,
             tamper: None,
         }
