@@ -4,5 +4,6 @@ mod deadlines;
 mod garbage;
 mod hostile;
 mod schedules;
+mod swarm;
 mod unfenced;
 mod world;
