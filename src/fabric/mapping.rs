@@ -236,14 +236,29 @@ fn sync(fd: RawFd, flags: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
+    use std::{
+        fs::File,
+        os::{
+            fd::{AsFd, FromRawFd},
+            unix::fs::FileExt,
+        },
+    };
 
     use super::*;
-    use crate::memory::HostMemory;
 
-    fn map(memory: &HostMemory, offset: u64, length: u64) -> Result<Mapping, Refusal> {
+    fn memory_file(size: u64) -> File {
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(c"kvpush-mapping".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: a fresh descriptor that nobody else owns.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn map(file: &impl AsFd, offset: u64, length: u64) -> Result<Mapping, Refusal> {
         let range = DmabufRange {
-            fd: memory.fd().unwrap(),
+            fd: file.as_fd(),
             offset,
             length,
             address: 0xdead_beef_0000,
@@ -253,37 +268,30 @@ mod tests {
 
     #[test]
     fn a_range_begins_anywhere_in_its_file() {
-        let memory = HostMemory::memfd("kvpush-mapping", 5 * 4096).unwrap();
+        let file = memory_file(5 * 4096);
         for offset in [0, 1, 4095, 4096, 4097, 8191, 12288] {
-            let mapping = map(&memory, offset, 100).unwrap();
-            memory.write(offset, &[7; 100]).unwrap();
+            let mapping = map(&file, offset, 100).unwrap();
+            file.write_all_at(&[7; 100], offset).unwrap();
             let from = std::ptr::with_exposed_provenance::<u8>(mapping.first() as usize);
             // SAFETY: 100 bytes are mapped there, which nobody writes now.
             let seen = unsafe { std::slice::from_raw_parts(from, 100) }.to_vec();
             assert_eq!(seen, [7; 100], "at {offset}");
-            memory.fill(offset, 100, 0).unwrap();
+            file.write_all_at(&[0; 100], offset).unwrap();
         }
     }
 
     #[test]
     fn ranges_beyond_the_file_are_refused() {
-        let memory = HostMemory::memfd("kvpush-mapping", 8192).unwrap();
+        let file = memory_file(8192);
         for (offset, length) in [(0, 8193), (8192, 1), (u64::MAX, 2), (1, u64::MAX), (0, 0)] {
-            let refusal = map(&memory, offset, length);
-            let (kind, _) = refusal.expect_err("outside of the file");
+            let (kind, _) = map(&file, offset, length).expect_err("outside of the file");
             assert!(matches!(kind, FabricErrorKind::Memory(_)), "{kind}");
         }
     }
 
     #[test]
     fn a_file_that_cannot_be_mapped_says_so() {
-        let (reader, _writer) = std::io::pipe().unwrap();
-        let range = DmabufRange {
-            fd: reader.as_fd(),
-            offset: 0,
-            length: 4096,
-            address: 4096,
-        };
-        assert!(Mapping::new(&range, true).is_err());
+        let (reader, _writer) = io::pipe().unwrap();
+        assert!(map(&reader, 0, 4096).is_err());
     }
 }
