@@ -30,7 +30,7 @@ pub(super) fn read(root: &Path) -> Topology {
         .into_iter()
         .map(|name| nic(root, name))
         .collect();
-    nics.sort_by(|a, b| natural(&a.name).cmp(&natural(&b.name)));
+    nics.sort_by_key(|nic| natural(&nic.name));
     let mut nodes: Vec<u32> = names(&root.join("devices/system/node"))
         .iter()
         .filter_map(|name| name.strip_prefix("node")?.parse().ok())
