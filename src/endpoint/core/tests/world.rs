@@ -89,6 +89,8 @@ pub(super) struct Node {
     pub(super) life: u8,
     rails: usize,
     inbox: Vec<ControlEvent>,
+    /// Whether what has come for it waits, as in a socket.
+    held: bool,
 }
 
 /// Everything there is.
@@ -220,7 +222,10 @@ impl World {
                 continue;
             }
             node.not_before = self.now + node.pace;
-            let mut events = std::mem::take(&mut node.inbox);
+            let mut events = match node.held {
+                true => Vec::new(),
+                false => std::mem::take(&mut node.inbox),
+            };
             let mut commands = node.commands.try_iter().collect();
             active |= node.core.step(Time(self.now), &mut commands, &mut events);
             let requests = std::mem::take(&mut *node.requests.0.lock());
@@ -457,6 +462,7 @@ impl Node {
             life,
             rails,
             inbox: Vec::new(),
+            held: false,
         }
     }
 
@@ -516,6 +522,11 @@ impl Node {
         let entry = AccessEntry::new(token.clone(), op, Arc::clone(&shared), timeout);
         assert!(self.shared.command(Command::Access(Box::new(entry))));
         shared
+    }
+
+    /// Keeps what comes over control connections from the node, or no longer does.
+    pub(super) fn hold_events(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Timers of grants that have not come due.

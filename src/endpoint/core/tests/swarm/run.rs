@@ -8,7 +8,10 @@ use super::{
     menu::Menu,
 };
 use crate::{
-    endpoint::{Arrival, GrantOptions, Pool, Push, PushError, config::Config},
+    endpoint::{
+        Arrival, GrantOptions, Pool, Push, PushError,
+        config::{Config, Keepalive},
+    },
     fabric::{Capabilities, sim::SimConfig},
     kv::{Dtype, HeadRange, KvLayout, presets::KvShape},
     memory::HostMemory,
@@ -118,7 +121,12 @@ fn layout(pages: u32) -> KvLayout {
 }
 
 fn config(random: &mut Random) -> Config {
+    let keepalive = Keepalive {
+        interval: Duration::from_millis(2),
+        timeout: Duration::from_millis(9),
+    };
     Config {
+        keepalive: random.chance(400).then_some(keepalive),
         send_depth: 1 + random.below(9) as u32,
         receive_depth: 1 + random.below(6) as u32,
         lanes_per_rail: 1 + random.below(3) as u16,
@@ -444,8 +452,8 @@ impl Users {
             .filter(|&index| {
                 let transfer = &self.transfers[index];
                 let ready = |push: &Push| push.poll_opened() == Some(Ok(()));
-                !transfer.finished
-                    && !(transfer.lazy && transfer.todo.is_empty())
+                let rests = transfer.finished || (transfer.lazy && transfer.todo.is_empty());
+                !rests
                     && self.acts(world, transfer.source)
                     && transfer.push.as_ref().is_some_and(ready)
             })
