@@ -90,11 +90,6 @@ impl Seen {
 
     /// The name of a push's end.
     pub(super) fn of_push(end: &Result<PushReport, PushError>) -> Self {
-        if std::env::var_os("KV_DBG").is_some() {
-            if let Err(e) = end {
-                eprintln!("DBG {e}");
-            }
-        }
         match end {
             Ok(_) => Self::PushCompleted,
             Err(PushError::Cancelled) => Self::PushCancelled,

@@ -191,6 +191,12 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
+    /// Whether both of its ends are known.
+    pub(super) fn is_over(&self) -> bool {
+        let arrival = self.dropped || self.arrival_end.is_some();
+        arrival && (self.push.is_none() || self.push_end.is_some())
+    }
+
     /// Whether its pages may be somebody else's by now.
     pub(super) fn released(&self) -> bool {
         self.released
@@ -298,8 +304,9 @@ impl Run {
             steps += 1;
             let seed = users.seed;
             assert!(steps < 2_000_000, "seed {seed}: it never comes to rest");
-            users.check(world);
+            users.check(world, false);
         });
+        self.users.check(&self.world, true);
     }
 
     /// Everything comes to its end, and the reader's pages are its own.
