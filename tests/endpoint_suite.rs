@@ -5,6 +5,8 @@
 
 #[path = "endpoint_suite/access.rs"]
 mod access;
+#[path = "endpoint_suite/drain.rs"]
+mod drain;
 #[path = "endpoint_suite/fixture.rs"]
 mod fixture;
 #[path = "endpoint_suite/inputs.rs"]
@@ -84,6 +86,9 @@ macro_rules! all_cases {
             regions::overlapping_regions_are_their_own,
             regions::a_pool_in_use_is_not_closed,
             vanish::a_peer_vanishes,
+            drain::a_drain_lets_pushes_finish,
+            drain::a_drain_cuts_what_does_not_finish,
+            drain::a_peer_is_disconnected,
         );
     };
 }

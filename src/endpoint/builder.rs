@@ -13,6 +13,7 @@ use super::{
     Endpoint, EndpointError, Owner, Polling,
     config::{Config, Keepalive},
     core::Core,
+    drain::DrainShared,
     driver::{self, ControlAdapter, Driver},
     rails,
     regions::{MemoryPath, Policy, Region, Registry},
@@ -123,6 +124,12 @@ impl Builder {
     /// Grants and pushes that may be live at once. Default 2048.
     pub fn max_transfers(mut self, transfers: u32) -> Self {
         self.config.max_transfers = transfers;
+        self
+    }
+
+    /// Sessions that peers may have made with this endpoint at once; further ones are refused as busy. Default 1024.
+    pub fn max_peers(mut self, sessions: u32) -> Self {
+        self.config.max_peers = sessions;
         self
     }
 
@@ -264,6 +271,7 @@ impl Builder {
             tails: Arc::clone(&tails),
             registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
+            drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
@@ -304,6 +312,7 @@ fn check(config: &Config) -> Result<(), EndpointError> {
         ("parts_per_layer", config.parts_per_layer.into(), 1, 1024),
         ("tail_capacity", config.tail_capacity.into(), 0, 1 << 20),
         ("max_transfers", config.max_transfers.into(), 1, 1 << 16),
+        ("max_peers", config.max_peers.into(), 1, 4096),
     ];
     for (setting, value, least, most) in ranges {
         if !(least..=most).contains(&value) {

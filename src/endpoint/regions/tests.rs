@@ -43,6 +43,7 @@ impl Rail {
                 name: "rail".into(),
                 port: 1,
                 address: String::new(),
+                pci: None,
                 link: LinkState::Active,
                 bits_per_second: 0,
                 caps: Capabilities {
