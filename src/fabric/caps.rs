@@ -2,6 +2,8 @@
 
 use crate::wire::FabricKind;
 
+use super::WindowCaps;
+
 /// The state of a rail's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkState {
@@ -32,6 +34,8 @@ pub struct Capabilities {
     pub mtu: u32,
     /// Whether one-sided reads are served.
     pub read: bool,
+    /// Memory windows, if there are any.
+    pub windows: Option<WindowCaps>,
 }
 
 /// One rail: its name, state and capabilities.

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::{
     super::{
         Access, Capabilities, Context, Device, DeviceInfo, FabricError, FabricErrorKind,
-        FabricKind, LinkState, MemoryKeys,
+        FabricKind, LinkState, MemoryKeys, WindowCaps,
     },
     context::TcpContext,
     memory::Registry,
@@ -73,6 +73,12 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_mr: isize::MAX as u64,
     mtu: 0,
     read: true,
+    windows: Some(WindowCaps {
+        max: 1 << 16,
+        per_lane: true,
+        bounded: true,
+        final_when_done: true,
+    }),
 };
 
 /// The embedded fabric's rail: one listener and its registrations.

@@ -2,8 +2,12 @@
 //!
 //! Writers build a new immutable table and bump a version; the context keeps the last table it saw and fetches a newer
 //! one only when the version moved. Keys are never reused, so a stale key names nothing.
+//!
+//! Windows belong to the context, so they need no table: what it takes back is gone when the call returns. Their keys
+//! are of a half of the key space of their own, which is gone through as a whole before a key comes again.
 
 use std::{
+    collections::HashMap,
     hash::{BuildHasher, RandomState},
     sync::{
         Arc,
@@ -13,7 +17,9 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::super::{Access, LocalKey, MemoryKeys, MrId, RemoteKey};
+use super::super::{
+    Access, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Window, WindowBind, WindowId,
+};
 
 /// One registration.
 #[derive(Clone, Copy, Debug)]
@@ -26,11 +32,16 @@ pub(super) struct Region {
 
 impl Region {
     fn contains(&self, address: u64, length: u64) -> bool {
-        address
-            .checked_sub(self.address)
-            .and_then(|offset| offset.checked_add(length))
-            .is_some_and(|end| end <= self.length)
+        contains((self.address, self.length), address, length)
     }
+}
+
+/// Whether `[address, address + length)` lies in a range given by its first byte and length.
+fn contains(range: (u64, u64), address: u64, length: u64) -> bool {
+    address
+        .checked_sub(range.0)
+        .and_then(|offset| offset.checked_add(length))
+        .is_some_and(|end| end <= range.1)
 }
 
 /// What a request wants to do to memory.
@@ -73,21 +84,73 @@ struct KeySequence {
 }
 
 impl KeySequence {
-    /// The next non-zero key, or nothing once all have been given out.
+    fn new() -> Self {
+        Self {
+            secret: RandomState::new(),
+            next: 0,
+        }
+    }
+
+    /// The next non-zero key for a registration, or nothing once all have been given out.
     fn draw(&mut self) -> Option<u32> {
         loop {
             let counter = self.next;
             self.next = counter.checked_add(1)?;
-            let (mut left, mut right) = ((counter >> 16) as u16, counter as u16);
-            for round in 0u8..4 {
-                let mixed = left ^ self.secret.hash_one((round, right)) as u16;
-                (left, right) = (right, mixed);
-            }
-            let key = u32::from(left) << 16 | u32::from(right);
-            if key != 0 {
+            let key = self.key(counter);
+            if key != 0 && key & WINDOW == 0 {
                 return Some(key);
             }
         }
+    }
+
+    /// The next key for a window; it comes again after all others have been given out.
+    fn draw_for_window(&mut self) -> u32 {
+        loop {
+            let counter = self.next;
+            self.next = counter.wrapping_add(1);
+            let key = self.key(counter);
+            if key & WINDOW != 0 {
+                return key;
+            }
+        }
+    }
+
+    fn key(&self, counter: u32) -> u32 {
+        let (mut left, mut right) = ((counter >> 16) as u16, counter as u16);
+        for round in 0u8..4 {
+            let mixed = left ^ self.secret.hash_one((round, right)) as u16;
+            (left, right) = (right, mixed);
+        }
+        u32::from(left) << 16 | u32::from(right)
+    }
+}
+
+/// The bit that tells keys of windows from those of registrations.
+const WINDOW: u32 = 1 << 31;
+
+/// A window that is bound.
+#[derive(Clone, Copy, Debug)]
+struct WindowRange {
+    lane: LaneId,
+    mr: MrId,
+    address: u64,
+    length: u64,
+    access: Access,
+}
+
+/// The windows of a context. The identifier of one is a counter, and its key's name in the table.
+#[derive(Debug)]
+struct Windows {
+    keys: KeySequence,
+    next: u64,
+    by_key: HashMap<u32, WindowRange>,
+    by_id: HashMap<WindowId, u32>,
+}
+
+impl Windows {
+    fn remove(&mut self, id: WindowId) -> Option<WindowRange> {
+        let key = self.by_id.remove(&id)?;
+        self.by_key.remove(&key)
     }
 }
 
@@ -110,10 +173,7 @@ impl Registry {
         Self {
             version: AtomicU64::new(0),
             state: Mutex::new(State {
-                keys: KeySequence {
-                    secret: RandomState::new(),
-                    next: 0,
-                },
+                keys: KeySequence::new(),
                 next_mr: 1,
                 table: Arc::default(),
             }),
@@ -171,6 +231,7 @@ pub(super) struct MemoryView {
     registry: Arc<Registry>,
     version: u64,
     table: Arc<Table>,
+    windows: Windows,
 }
 
 impl MemoryView {
@@ -179,6 +240,12 @@ impl MemoryView {
             registry,
             version: u64::MAX,
             table: Arc::default(),
+            windows: Windows {
+                keys: KeySequence::new(),
+                next: 1,
+                by_key: HashMap::new(),
+                by_id: HashMap::new(),
+            },
         };
         view.refresh();
         view
@@ -200,13 +267,99 @@ impl MemoryView {
         region.is_some_and(|r| r.contains(address, length) && intent.allowed(r.access))
     }
 
-    /// The same for the remote key `key`.
-    pub(super) fn remote(&mut self, key: u32, address: u64, length: u64, intent: Intent) -> bool {
+    /// The same for the remote key `key` in the hands of the peer of `lane`.
+    pub(super) fn remote(
+        &mut self,
+        lane: LaneId,
+        key: u32,
+        address: u64,
+        length: u64,
+        intent: Intent,
+    ) -> bool {
+        if key & WINDOW != 0 {
+            let window = self.windows.by_key.get(&key);
+            return window.is_some_and(|w| {
+                w.lane == lane
+                    && contains((w.address, w.length), address, length)
+                    && intent.allowed(w.access)
+            });
+        }
         self.refresh();
         let table = &self.table.remote;
         let found = table.binary_search_by_key(&key, |r| r.keys.remote.0);
         let region = found.ok().and_then(|at| table.get(at));
         region.is_some_and(|r| r.contains(address, length) && intent.allowed(r.access))
+    }
+
+    /// How many windows there are.
+    pub(super) fn windows(&self) -> usize {
+        self.windows.by_key.len()
+    }
+
+    /// Whether there are windows into a registration.
+    pub(super) fn has_windows(&self, mr: MrId) -> bool {
+        self.windows.by_key.values().any(|window| window.mr == mr)
+    }
+
+    /// Makes a window, or says why not.
+    pub(super) fn bind(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, &'static str> {
+        self.refresh();
+        let mut regions = self.table.local.iter();
+        let region = regions
+            .find(|region| region.keys.mr == bind.mr)
+            .ok_or("no such registration")?;
+        if (bind.access.remote_write && !region.access.remote_write)
+            || (bind.access.remote_read && !region.access.remote_read)
+        {
+            return Err("a right that the registration has not");
+        }
+        if bind.length == 0 || !region.contains(bind.address, bind.length) {
+            return Err("a range outside of the registration");
+        }
+        let key = loop {
+            // There are fewer windows than keys.
+            let key = self.windows.keys.draw_for_window();
+            if !self.windows.by_key.contains_key(&key) {
+                break key;
+            }
+        };
+        let id = WindowId(self.windows.next);
+        self.windows.next += 1;
+        let range = WindowRange {
+            lane,
+            mr: bind.mr,
+            address: bind.address,
+            length: bind.length,
+            access: bind.access,
+        };
+        self.windows.by_key.insert(key, range);
+        self.windows.by_id.insert(id, key);
+        Ok(Window {
+            id,
+            remote: RemoteKey(key),
+        })
+    }
+
+    /// Whether `lane` has that window.
+    pub(super) fn is_window_of(&self, lane: LaneId, id: WindowId) -> bool {
+        let key = self.windows.by_id.get(&id);
+        key.and_then(|key| self.windows.by_key.get(key))
+            .is_some_and(|window| window.lane == lane)
+    }
+
+    /// Takes a window back; later lookups do not find it. Returns its range if the peer might read from it.
+    pub(super) fn unbind(&mut self, id: WindowId) -> Option<(u64, u64)> {
+        let window = self.windows.remove(id)?;
+        let read = window.access.remote_read;
+        read.then_some((window.address, window.length))
+    }
+
+    /// Takes all windows of a lane back.
+    pub(super) fn unbind_all(&mut self, lane: LaneId) {
+        let windows = &mut self.windows;
+        windows.by_key.retain(|_, window| window.lane != lane);
+        let left = &windows.by_key;
+        windows.by_id.retain(|_, key| left.contains_key(key));
     }
 
     /// Ends a registration; later lookups do not find it.
@@ -232,12 +385,23 @@ mod tests {
 
     use super::*;
 
+    const LANE: LaneId = LaneId(1);
+
+    /// Stale keys of windows name nothing until half the key space has been gone through, which also wraps.
+    #[test]
+    fn keys_of_windows_are_of_their_own_and_wrap() {
+        let mut keys = KeySequence::new();
+        keys.next = u32::MAX - 50_000;
+        let drawn: HashSet<u32> = (0..50_000).map(|_| keys.draw_for_window()).collect();
+        assert_eq!(drawn.len(), 50_000);
+        assert!(drawn.iter().all(|key| key & WINDOW != 0));
+        let mut keys = KeySequence::new();
+        assert!((0..1000).all(|_| keys.draw().is_some_and(|key| key & WINDOW == 0)));
+    }
+
     #[test]
     fn keys_do_not_repeat() {
-        let mut keys = KeySequence {
-            secret: RandomState::new(),
-            next: 0,
-        };
+        let mut keys = KeySequence::new();
         let drawn: HashSet<u32> = (0..100_000).filter_map(|_| keys.draw()).collect();
         assert_eq!(drawn.len(), 100_000);
         assert!(!drawn.contains(&0));
@@ -260,19 +424,20 @@ mod tests {
         let keys = registry
             .insert(0x1000, 0x1000, Access::REMOTE_WRITE)
             .unwrap();
-        let mut ask =
-            |address, length| view.remote(keys.remote.0, address, length, Intent::RemoteWrite);
+        let mut ask = |address, length| {
+            view.remote(LANE, keys.remote.0, address, length, Intent::RemoteWrite)
+        };
         assert!(ask(0x1000, 0x1000));
         assert!(ask(0x2000, 0));
         assert!(!ask(0x0fff, 1));
         assert!(!ask(0x1fff, 2));
         assert!(!ask(0x1800, u64::MAX));
         assert!(!ask(u64::MAX, 1));
-        assert!(!view.remote(keys.remote.0, 0x1000, 1, Intent::RemoteRead));
-        assert!(!view.remote(keys.local.0, 0x1000, 1, Intent::RemoteWrite));
+        assert!(!view.remote(LANE, keys.remote.0, 0x1000, 1, Intent::RemoteRead));
+        assert!(!view.remote(LANE, keys.local.0, 0x1000, 1, Intent::RemoteWrite));
         assert!(view.local(keys.local, 0x1000, 1, Intent::LocalWrite));
         assert!(view.remove(keys.mr).is_some());
-        assert!(!view.remote(keys.remote.0, 0x1000, 1, Intent::RemoteWrite));
+        assert!(!view.remote(LANE, keys.remote.0, 0x1000, 1, Intent::RemoteWrite));
         assert!(view.remove(keys.mr).is_none());
     }
 }

@@ -212,8 +212,8 @@ impl Lane {
             match op {
                 Op::Write | Op::WriteImm if left > 0 => {
                     let (address, whole) = (header.address.get(), header.remaining.get());
-                    if !memory.remote(header.key.get(), address, whole.into(), Intent::RemoteWrite)
-                    {
+                    let key = header.key.get();
+                    if !memory.remote(self.id, key, address, whole.into(), Intent::RemoteWrite) {
                         fault = Some(Fault::Refuse {
                             sequence: header.sequence.get(),
                             why: Refusal::Access,
@@ -345,6 +345,7 @@ impl Lane {
                 };
                 let allowed = serving.remaining == 0
                     || memory.remote(
+                        self.id,
                         serving.key,
                         serving.address,
                         serving.remaining.into(),

@@ -8,9 +8,9 @@ use std::{collections::VecDeque, io};
 use zerocopy::IntoBytes;
 
 use super::{
-    super::{Opcode, Status},
+    super::{LaneId, Opcode, Status},
     lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
-    memory::{Intent, MemoryView, Region},
+    memory::{Intent, MemoryView},
     send::{Failure, Gather, SendQueue, pieces},
     sys::{self, Iov},
     wire::{FLAG_ACK, Header, MAX_READS, Op, Refusal, TRAIN, TRAIN_BYTES},
@@ -116,12 +116,12 @@ impl Transmitter {
         self.dirty = true;
     }
 
-    /// Whether the train under way reads from `region`.
-    pub(super) fn touches(&self, region: &Region) -> bool {
-        let end = region.address.saturating_add(region.length);
+    /// Whether the train under way reads from `[address, address + length)`.
+    pub(super) fn touches(&self, address: u64, length: u64) -> bool {
+        let end = address.saturating_add(length);
         self.pieces.iter().skip(self.at.max(1)).any(|piece| {
             let first = piece.address as u64;
-            first < end && first.saturating_add(piece.length as u64) > region.address
+            first < end && first.saturating_add(piece.length as u64) > address
         })
     }
 
@@ -135,6 +135,7 @@ impl Transmitter {
         send: &mut SendQueue,
         receives: &mut ReceiveQueue,
         memory: &mut MemoryView,
+        lane: LaneId,
     ) -> Result<bool, Fault> {
         self.headers.clear();
         self.pieces.clear();
@@ -146,7 +147,7 @@ impl Transmitter {
             length: 0,
         });
         let requests_wait = self.refusal.is_none() && send.next().is_some() && !self.stalled;
-        self.add_responses(memory, requests_wait)?;
+        self.add_responses(memory, lane, requests_wait)?;
         if self.refusal.is_none() {
             self.add_requests(send, memory)?;
         } else if let Some((sequence, why)) = self.refusal
@@ -189,7 +190,12 @@ impl Transmitter {
     }
 
     /// Adds segments of read responses; only half a train if requests wait too.
-    fn add_responses(&mut self, memory: &mut MemoryView, share: bool) -> Result<(), Fault> {
+    fn add_responses(
+        &mut self,
+        memory: &mut MemoryView,
+        lane: LaneId,
+        share: bool,
+    ) -> Result<(), Fault> {
         let limit = if share { TRAIN_BYTES / 2 } else { TRAIN_BYTES };
         while self.has_room() && self.bytes < limit {
             let Some(serving) = self.serving.front_mut() else {
@@ -197,6 +203,7 @@ impl Transmitter {
             };
             let allowed = serving.remaining == 0
                 || memory.remote(
+                    lane,
                     serving.key,
                     serving.address,
                     serving.remaining.into(),
@@ -382,7 +389,7 @@ impl Lane {
                     break;
                 }
                 built += 1;
-                if !transmitter.build(&mut self.send, &mut self.receives, memory)? {
+                if !transmitter.build(&mut self.send, &mut self.receives, memory, self.id)? {
                     break;
                 }
             }

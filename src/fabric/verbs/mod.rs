@@ -30,6 +30,7 @@ mod objects;
 mod poll;
 mod post;
 pub(crate) mod sys;
+mod windows;
 
 pub use config::VerbsConfig;
 pub use device::{Skipped, VerbsDevice};
