@@ -15,6 +15,8 @@ mod lifecycle;
 mod mover;
 #[path = "endpoint_suite/transfers.rs"]
 mod transfers;
+#[path = "endpoint_suite/vanish.rs"]
+mod vanish;
 
 /// One `#[test]` for each case over one fabric.
 macro_rules! suite {
@@ -71,6 +73,7 @@ macro_rules! all_cases {
             lifecycle::nothing_is_left_behind,
             access::an_exported_region_is_read_and_written,
             access::what_is_not_allowed_is_refused,
+            vanish::a_peer_vanishes,
         );
     };
 }

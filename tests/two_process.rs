@@ -14,6 +14,8 @@ mod content;
 #[allow(dead_code)]
 #[path = "endpoint_suite/fixture.rs"]
 mod fixture;
+#[path = "two_process/idle.rs"]
+mod idle;
 #[path = "two_process/killed.rs"]
 mod killed;
 #[allow(dead_code)]
@@ -47,6 +49,8 @@ macro_rules! all_cases {
                 stopped::a_stopped_writer_expires
                 stopped::a_stopped_reader_expires
                 stopped::a_stopped_reader_is_cancelled
+                idle::an_idle_writer_stops
+                idle::an_idle_reader_stops
                 opening::a_writer_stops_while_it_opens
                 opening::a_reader_dies_while_it_is_asked
                 bystanders::of_a_stopped_writer

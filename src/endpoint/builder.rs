@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Endpoint, EndpointError, Owner, Polling,
-    config::Config,
+    config::{Config, Keepalive},
     core::Core,
     driver::{self, ControlAdapter, Driver},
     rails,
@@ -144,6 +144,23 @@ impl Builder {
         self
     }
 
+    /// A peer from which nothing has come for `interval` is asked whether it is there; one that is silent for `timeout`
+    /// is given up: its lanes are fenced, and its pushes and arrivals end with [`PeerError::Silent`]. Any message counts
+    /// as an answer. Default 5 s and 15 s.
+    ///
+    /// [`PeerError::Silent`]: super::PeerError::Silent
+    pub fn keepalive(mut self, interval: Duration, timeout: Duration) -> Self {
+        self.config.keepalive = Some(Keepalive { interval, timeout });
+        self
+    }
+
+    /// Never gives up a peer because it is silent. What waits for the peer still has its own deadline, but an idle
+    /// session with a peer that has vanished stays.
+    pub fn no_keepalive(mut self) -> Self {
+        self.config.keepalive = None;
+        self
+    }
+
     /// How the driver thread waits. Default [`Polling::Adaptive`] with 20 µs.
     pub fn polling(mut self, polling: Polling) -> Self {
         self.config.polling = polling;
@@ -258,6 +275,21 @@ fn check(config: &Config) -> Result<(), EndpointError> {
             return Err(EndpointError::Setting {
                 setting,
                 value: value.to_string(),
+                why,
+            });
+        }
+    }
+    if let Some(Keepalive { interval, timeout }) = config.keepalive {
+        let why = match () {
+            () if interval < Duration::from_millis(10) => "asks more often than every 10 ms",
+            () if timeout < 2 * interval => "gives up before a second question",
+            () if timeout > Duration::from_secs(86_400) => "gives up after more than a day",
+            () => "",
+        };
+        if !why.is_empty() {
+            return Err(EndpointError::Setting {
+                setting: "keepalive",
+                value: format!("{interval:?}, {timeout:?}"),
                 why,
             });
         }

@@ -36,6 +36,11 @@ pub struct Capabilities {
     pub read: bool,
     /// Memory windows, if there are any.
     pub windows: Option<WindowCaps>,
+    /// Whether dmabufs can be registered. Asked once, with a bad descriptor, when the rail is opened.
+    pub dmabuf: bool,
+    /// Whether registrations may let the device reorder its accesses on the host's bus
+    /// (`IBV_ACCESS_RELAXED_ORDERING`).
+    pub relaxed_ordering: bool,
 }
 
 /// One rail: its name, state and capabilities.

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use super::dmabuf::DmabufError;
+
 /// Why memory could not be had or reached.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -34,11 +36,14 @@ pub enum MemoryError {
         /// Bytes there are.
         capacity: u64,
     },
+    /// A dmabuf, its exporter, or a mapping of it.
+    #[error(transparent)]
+    Dmabuf(#[from] DmabufError),
 }
 
 impl MemoryError {
-    /// Whether the same call can succeed later without a change of configuration: it cannot.
+    /// Whether the same call can succeed later without a change of configuration.
     pub fn is_retryable(&self) -> bool {
-        false
+        matches!(self, Self::Dmabuf(error) if error.is_retryable())
     }
 }

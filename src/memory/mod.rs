@@ -5,12 +5,14 @@
 //! that a range is at rest.
 
 mod device;
+pub mod dmabuf;
 mod error;
 mod host;
 
 pub use device::{
     BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Ticket,
 };
+pub use dmabuf::{DmabufError, DmabufMemory};
 pub use error::MemoryError;
 pub use host::{HostMemory, HugePages};
 
@@ -26,6 +28,8 @@ pub enum MemoryKind {
     Memfd,
     /// Host memory that the caller owns.
     Borrowed,
+    /// A range of a dmabuf.
+    Dmabuf,
 }
 
 /// A range of memory that can be registered with NICs.

@@ -20,8 +20,7 @@ const TAKEN: u64 = 1 << 41;
 
 const WRITE: Access = Access {
     local_write: false,
-    remote_write: true,
-    remote_read: false,
+    ..Access::REMOTE_WRITE
 };
 
 /// The windows of the reader's device; says so if it has none.
@@ -395,7 +394,7 @@ pub(crate) fn rights_of_a_window_are_its_own(mut pair: Pair) {
         access: Access {
             local_write: false,
             remote_write: false,
-            remote_read: true,
+            ..Access::ALL
         },
         ..bind_of(&target, &to, 0, PAGE)
     };

@@ -144,6 +144,7 @@ impl Core {
             supported: self.supported(),
             rails,
             lanes: offers,
+            keepalive_ms: self.keepalive_ms(),
         };
         self.send(conn, &Message::Hello(hello));
         let Some(session) = self.sessions.get_mut(&conn) else {
@@ -209,6 +210,7 @@ impl Core {
             }
         }
         session.phase = Phase::Ready;
+        self.watch(conn, ack.keepalive_ms);
         self.connect_ready(conn, ack.incarnation);
     }
 

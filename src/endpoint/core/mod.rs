@@ -15,6 +15,7 @@
 //! | `pump` | from queued work to posted requests |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `access` | one-sided reads and writes of exported regions |
+//! | `liveness` | whether a peer is still there |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -28,6 +29,7 @@ mod access;
 mod command;
 mod connect;
 mod dial;
+mod liveness;
 mod pump;
 mod reader;
 mod remote;
@@ -111,6 +113,8 @@ pub(crate) struct Core {
     accesses: HashMap<u64, AccessEntry>,
     connects: HashMap<ConnId, ConnectEntry>,
     next_request: u64,
+    /// Asked so far whether a peer is there.
+    pings: u64,
     tails: Arc<TailArena>,
     timers: Timers,
     scratch: Scratch,
@@ -153,6 +157,7 @@ impl Core {
             accesses: HashMap::new(),
             connects: HashMap::new(),
             next_request: 0,
+            pings: 0,
             tails,
             timers: Timers::default(),
             scratch: Scratch::default(),
@@ -255,12 +260,16 @@ impl Core {
         match event {
             ControlEvent::Accepted { conn, peer } => {
                 self.sessions.insert(conn, Session::accepted(peer));
+                self.await_hello(conn);
             }
             ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
-            ControlEvent::Message { conn, bytes } => match Message::decode(&bytes) {
-                Ok(message) => self.message(conn, message),
-                Err(error) => self.violation(conn, &error.to_string()),
-            },
+            ControlEvent::Message { conn, bytes } => {
+                self.heard(conn);
+                match Message::decode(&bytes) {
+                    Ok(message) => self.message(conn, message),
+                    Err(error) => self.violation(conn, &error.to_string()),
+                }
+            }
             ControlEvent::Closed { conn, reason } => {
                 let Some(session) = self.sessions.get(&conn) else {
                     return;

@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     Core,
+    liveness::Liveness,
     pump::{Current, Owner, Task},
     remote::RemotePool,
 };
@@ -46,6 +47,7 @@ pub(super) struct Session {
     pub(super) phase: Phase,
     pub(super) peer: Option<SocketAddr>,
     pub(super) peer_name: String,
+    pub(super) liveness: Liveness,
     pub(super) lanes: Vec<Lane>,
     /// Dialler: who is expected to answer.
     pub(super) expected: Option<Incarnation>,
@@ -70,6 +72,7 @@ impl Session {
             phase: Phase::Connecting,
             peer: None,
             peer_name,
+            liveness: Liveness::default(),
             lanes: Vec::new(),
             expected: None,
             untried: Vec::new(),

@@ -88,6 +88,8 @@ impl Default for SimConfig {
                     bounded: true,
                     final_when_done: true,
                 }),
+                dmabuf: true,
+                relaxed_ordering: false,
             },
             trace_capacity: 4096,
         }

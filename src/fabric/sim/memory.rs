@@ -4,9 +4,12 @@
 //! a stale key, a key of another device or a local key used as a remote one is refused rather than right by accident.
 //! No key is ever given out twice by one device.
 
+use std::sync::Arc;
+
 use super::rng::Rng;
 use crate::fabric::{
     Access, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Sge, Window, WindowBind, WindowId,
+    mapping::{Mapping, Touch},
 };
 
 /// What an access needs of its registration.
@@ -18,11 +21,14 @@ pub(super) enum Need {
     RemoteWrite,
 }
 
-#[derive(Clone, Copy)]
 struct Region {
+    /// How requests and peers name the first byte.
     address: u64,
     length: u64,
     access: Access,
+    /// Where it is in this process: a dmabuf where it is mapped, other memory where its address says.
+    host: u64,
+    mapping: Option<Arc<Mapping>>,
     window: Option<WindowOf>,
 }
 
@@ -41,9 +47,12 @@ struct Slot {
 }
 
 /// A range that a key allows: proof that the checks were made.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Span {
+    /// In this process.
     address: u64,
+    /// What keeps it there, if it is in a dmabuf.
+    mapping: Option<Arc<Mapping>>,
     length: usize,
     /// Where it lies in its registration.
     pub(super) offset: u64,
@@ -57,16 +66,18 @@ impl Span {
             address: self.address + offset,
             length,
             offset: self.offset + offset,
+            mapping: self.mapping,
         })
     }
 
-    pub(super) fn len(self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.length
     }
 
     /// Appends the bytes to `out`.
     pub(super) fn read(self, out: &mut Vec<u8>) {
         out.reserve(self.length);
+        self.sync(Touch::Read, false);
         let source = self.address as *const u8;
         // SAFETY: the span lies inside a live registration, which by the contract of `Device::register` stays mapped
         // and readable, or is an inline element, which the caller of `read_inline` promises to be readable; `out` has
@@ -77,16 +88,32 @@ impl Span {
             std::ptr::copy_nonoverlapping(source, end, self.length);
             out.set_len(out.len() + self.length);
         }
+        self.sync(Touch::Read, true);
     }
 
     /// Writes `data`, which must be as long as the span.
     pub(super) fn write(self, data: &[u8]) {
         debug_assert_eq!(data.len(), self.length);
         let length = self.length.min(data.len());
+        self.sync(Touch::Write, false);
         // SAFETY: the span lies inside a live registration with a writing access, which by the contract of
         // `Device::register` stays mapped and writable and is under no Rust reference; `data` is our own memory, so
         // the two do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.address as *mut u8, length) }
+        self.sync(Touch::Write, true);
+    }
+
+    /// Tells the exporter of a dmabuf of the CPU's access.
+    fn sync(&self, touch: Touch, end: bool) {
+        let Some(mapping) = &self.mapping else { return };
+        let result = match end {
+            true => mapping.end(touch),
+            false => mapping.begin(touch),
+        };
+        // A simulated device has no caches whose state could matter; the access itself is as good as it gets.
+        if let Err(error) = result {
+            tracing::warn!(%error, "DMA_BUF_IOCTL_SYNC");
+        }
     }
 }
 
@@ -102,6 +129,7 @@ pub(super) unsafe fn read_inline(sges: &[Sge]) -> Vec<u8> {
             address: sge.address,
             length: sge.length as usize,
             offset: 0,
+            mapping: None,
         };
         span.read(&mut data);
     }
@@ -133,11 +161,14 @@ impl Regions {
         address: u64,
         length: u64,
         access: Access,
+        mapping: Option<Mapping>,
     ) -> Option<MemoryKeys> {
         let raw = self.insert(Region {
             address,
             length,
             access,
+            host: mapping.as_ref().map_or(address, Mapping::first),
+            mapping: mapping.map(Arc::new),
             window: None,
         })?;
         Some(MemoryKeys {
@@ -176,7 +207,7 @@ impl Regions {
     pub(super) fn has_windows(&self, mr: MrId) -> bool {
         self.windows > 0
             && self.slots.iter().any(|slot| {
-                let window = slot.region.and_then(|region| region.window);
+                let window = slot.region.as_ref().and_then(|region| region.window);
                 window.is_some_and(|window| u64::from(window.parent) == mr.0)
             })
     }
@@ -193,7 +224,7 @@ impl Regions {
         bind: &WindowBind,
     ) -> Result<Window, &'static str> {
         let parent = u32::try_from(bind.mr.0).map_err(|_| "no such registration")?;
-        let region = *self.registration(parent).ok_or("no such registration")?;
+        let region = self.registration(parent).ok_or("no such registration")?;
         if (bind.access.remote_write && !region.access.remote_write)
             || (bind.access.remote_read && !region.access.remote_read)
         {
@@ -204,18 +235,19 @@ impl Regions {
         if bind.length == 0 || end.is_none_or(|end| end > region.length) {
             return Err("a range outside of the registration");
         }
-        let raw = self
-            .insert(Region {
-                address: bind.address,
-                length: bind.length,
-                access: bind.access,
-                window: Some(WindowOf {
-                    lane,
-                    parent,
-                    bound: false,
-                }),
-            })
-            .ok_or("no slot is left")?;
+        let window = Region {
+            address: bind.address,
+            length: bind.length,
+            access: bind.access,
+            host: region.host + (bind.address - region.address),
+            mapping: region.mapping.clone(),
+            window: Some(WindowOf {
+                lane,
+                parent,
+                bound: false,
+            }),
+        };
+        let raw = self.insert(window).ok_or("no slot is left")?;
         self.windows += 1;
         Ok(Window {
             id: WindowId(u64::from(raw)),
@@ -264,7 +296,7 @@ impl Regions {
             let Some(slot) = self.slots.get(index) else {
                 break;
             };
-            let window = slot.region.and_then(|region| region.window);
+            let window = slot.region.as_ref().and_then(|region| region.window);
             if window.is_some_and(|window| window.lane == lane) {
                 let raw = (index as u32) << 16 | u32::from(slot.generation);
                 self.remove_window(WindowId(raw.into()));
@@ -332,10 +364,12 @@ impl Regions {
         };
         let offset = address.checked_sub(region.address)?;
         let end = offset.checked_add(length)?;
-        (allowed && end <= region.length).then_some(Span {
-            address,
-            length: usize::try_from(length).ok()?,
+        let length = usize::try_from(length).ok()?;
+        (allowed && end <= region.length).then(|| Span {
+            address: region.host + offset,
+            length,
             offset,
+            mapping: region.mapping.clone(),
         })
     }
 
@@ -376,7 +410,12 @@ mod tests {
 
     fn keys_at(regions: &mut Regions, memory: &mut [u8], access: Access) -> MemoryKeys {
         regions
-            .register(memory.as_mut_ptr() as u64, memory.len() as u64, access)
+            .register(
+                memory.as_mut_ptr() as u64,
+                memory.len() as u64,
+                access,
+                None,
+            )
             .unwrap()
     }
 

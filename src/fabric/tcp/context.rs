@@ -294,7 +294,7 @@ impl Context for TcpContext {
         // Frames that arrive for it are refused from here on. A train that is being sent from it must not go on.
         let mut failed = Vec::new();
         for lane in self.lanes.values_mut() {
-            if lane.stream.is_some() && lane.transmitter.touches(region.address, region.length) {
+            if lane.stream.is_some() && lane.transmitter.touches(&region) {
                 lane.fail(Failure::new(Status::LocalProtection));
                 failed.push(lane.id);
             }
@@ -433,9 +433,9 @@ impl Context for TcpContext {
         let readable = self.memory.unbind(window);
         self.window_done(lane, id);
         // An answer that is being sent from it must not go on.
-        if let Some((address, length)) = readable
+        if let Some(range) = readable
             && let Some(state) = self.lanes.get_mut(&lane)
-            && state.transmitter.touches(address, length)
+            && state.transmitter.touches(&range)
         {
             state.fail(Failure::new(Status::LocalProtection));
         }

@@ -19,29 +19,51 @@ use parking_lot::Mutex;
 
 use super::super::{
     Access, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Window, WindowBind, WindowId,
+    mapping::Mapping,
 };
 
 /// One registration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Region {
     keys: MemoryKeys,
-    pub(super) address: u64,
-    pub(super) length: u64,
+    /// How requests and peers name the first byte.
+    address: u64,
+    length: u64,
     access: Access,
+    /// Where it is in this process: a dmabuf where it is mapped, other memory where its address says.
+    host: u64,
+    mapping: Option<Arc<Mapping>>,
+}
+
+/// A range that a key allows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found<'a> {
+    /// Where it is in this process.
+    pub(super) host: u64,
+    /// What keeps it there, if it is in a dmabuf.
+    pub(super) mapping: Option<&'a Arc<Mapping>>,
 }
 
 impl Region {
     fn contains(&self, address: u64, length: u64) -> bool {
-        contains((self.address, self.length), address, length)
+        address
+            .checked_sub(self.address)
+            .and_then(|offset| offset.checked_add(length))
+            .is_some_and(|end| end <= self.length)
     }
-}
 
-/// Whether `[address, address + length)` lies in a range given by its first byte and length.
-fn contains(range: (u64, u64), address: u64, length: u64) -> bool {
-    address
-        .checked_sub(range.0)
-        .and_then(|offset| offset.checked_add(length))
-        .is_some_and(|end| end <= range.1)
+    fn find(&self, address: u64, length: u64, intent: Intent) -> Option<Found<'_>> {
+        (self.contains(address, length) && intent.allowed(self.access)).then(|| Found {
+            host: self.host + (address - self.address),
+            mapping: self.mapping.as_ref(),
+        })
+    }
+
+    /// Whether bytes of this process at `[first, first + length)` are of it.
+    pub(super) fn holds(&self, first: u64, length: u64) -> bool {
+        let end = self.host.saturating_add(self.length);
+        first < end && first.saturating_add(length) > self.host
+    }
 }
 
 /// What a request wants to do to memory.
@@ -129,13 +151,11 @@ impl KeySequence {
 const WINDOW: u32 = 1 << 31;
 
 /// A window that is bound.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct WindowRange {
     lane: LaneId,
-    mr: MrId,
-    address: u64,
-    length: u64,
-    access: Access,
+    /// The part of the registration, with the rights of the window.
+    range: Region,
 }
 
 /// The windows of a context. The identifier of one is a counter, and its key's name in the table.
@@ -181,7 +201,13 @@ impl Registry {
     }
 
     /// Adds a range that the caller has checked. Nothing if all keys have been used.
-    pub(super) fn insert(&self, address: u64, length: u64, access: Access) -> Option<MemoryKeys> {
+    pub(super) fn insert(
+        &self,
+        address: u64,
+        length: u64,
+        access: Access,
+        mapping: Option<Mapping>,
+    ) -> Option<MemoryKeys> {
         let mut state = self.state.lock();
         let keys = MemoryKeys {
             mr: MrId(state.next_mr),
@@ -194,12 +220,14 @@ impl Registry {
             address,
             length,
             access,
+            host: mapping.as_ref().map_or(address, Mapping::first),
+            mapping: mapping.map(Arc::new),
         };
         let mut table = Table::clone(&state.table);
         let at = table
             .local
             .partition_point(|r| r.keys.local.0 < keys.local.0);
-        table.local.insert(at, region);
+        table.local.insert(at, region.clone());
         let at = table
             .remote
             .partition_point(|r| r.keys.remote.0 < keys.remote.0);
@@ -251,7 +279,7 @@ impl MemoryView {
         view
     }
 
-    /// Whether `[address, address + length)` lies in the registration that local key `key` names, which allows
+    /// Where `[address, address + length)` is, if it lies in the registration that local key `key` names, which allows
     /// `intent`.
     pub(super) fn local(
         &mut self,
@@ -259,12 +287,14 @@ impl MemoryView {
         address: u64,
         length: u64,
         intent: Intent,
-    ) -> bool {
+    ) -> Option<Found<'_>> {
         self.refresh();
         let table = &self.table.local;
         let found = table.binary_search_by_key(&key.0, |r| r.keys.local.0);
-        let region = found.ok().and_then(|at| table.get(at));
-        region.is_some_and(|r| r.contains(address, length) && intent.allowed(r.access))
+        found
+            .ok()
+            .and_then(|at| table.get(at))?
+            .find(address, length, intent)
     }
 
     /// The same for the remote key `key` in the hands of the peer of `lane`.
@@ -275,20 +305,19 @@ impl MemoryView {
         address: u64,
         length: u64,
         intent: Intent,
-    ) -> bool {
+    ) -> Option<Found<'_>> {
         if key & WINDOW != 0 {
-            let window = self.windows.by_key.get(&key);
-            return window.is_some_and(|w| {
-                w.lane == lane
-                    && contains((w.address, w.length), address, length)
-                    && intent.allowed(w.access)
-            });
+            let window = self.windows.by_key.get(&key)?;
+            let its_own = window.lane == lane;
+            return its_own.then(|| window.range.find(address, length, intent))?;
         }
         self.refresh();
         let table = &self.table.remote;
         let found = table.binary_search_by_key(&key, |r| r.keys.remote.0);
-        let region = found.ok().and_then(|at| table.get(at));
-        region.is_some_and(|r| r.contains(address, length) && intent.allowed(r.access))
+        found
+            .ok()
+            .and_then(|at| table.get(at))?
+            .find(address, length, intent)
     }
 
     /// How many windows there are.
@@ -298,7 +327,10 @@ impl MemoryView {
 
     /// Whether there are windows into a registration.
     pub(super) fn has_windows(&self, mr: MrId) -> bool {
-        self.windows.by_key.values().any(|window| window.mr == mr)
+        self.windows
+            .by_key
+            .values()
+            .any(|window| window.range.keys.mr == mr)
     }
 
     /// Makes a window, or says why not.
@@ -325,14 +357,14 @@ impl MemoryView {
         };
         let id = WindowId(self.windows.next);
         self.windows.next += 1;
-        let range = WindowRange {
-            lane,
-            mr: bind.mr,
+        let range = Region {
             address: bind.address,
             length: bind.length,
             access: bind.access,
+            host: region.host + (bind.address - region.address),
+            ..region.clone()
         };
-        self.windows.by_key.insert(key, range);
+        self.windows.by_key.insert(key, WindowRange { lane, range });
         self.windows.by_id.insert(id, key);
         Ok(Window {
             id,
@@ -348,10 +380,9 @@ impl MemoryView {
     }
 
     /// Takes a window back; later lookups do not find it. Returns its range if the peer might read from it.
-    pub(super) fn unbind(&mut self, id: WindowId) -> Option<(u64, u64)> {
+    pub(super) fn unbind(&mut self, id: WindowId) -> Option<Region> {
         let window = self.windows.remove(id)?;
-        let read = window.access.remote_read;
-        read.then_some((window.address, window.length))
+        Some(window.range).filter(|range| range.access.remote_read)
     }
 
     /// Takes all windows of a lane back.
@@ -422,10 +453,11 @@ mod tests {
         let registry = Arc::new(Registry::new());
         let mut view = MemoryView::new(Arc::clone(&registry));
         let keys = registry
-            .insert(0x1000, 0x1000, Access::REMOTE_WRITE)
+            .insert(0x1000, 0x1000, Access::REMOTE_WRITE, None)
             .unwrap();
         let mut ask = |address, length| {
             view.remote(LANE, keys.remote.0, address, length, Intent::RemoteWrite)
+                .is_some()
         };
         assert!(ask(0x1000, 0x1000));
         assert!(ask(0x2000, 0));
@@ -433,11 +465,23 @@ mod tests {
         assert!(!ask(0x1fff, 2));
         assert!(!ask(0x1800, u64::MAX));
         assert!(!ask(u64::MAX, 1));
-        assert!(!view.remote(LANE, keys.remote.0, 0x1000, 1, Intent::RemoteRead));
-        assert!(!view.remote(LANE, keys.local.0, 0x1000, 1, Intent::RemoteWrite));
-        assert!(view.local(keys.local, 0x1000, 1, Intent::LocalWrite));
+        assert!(
+            view.remote(LANE, keys.remote.0, 0x1000, 1, Intent::RemoteRead)
+                .is_none()
+        );
+        assert!(
+            view.remote(LANE, keys.local.0, 0x1000, 1, Intent::RemoteWrite)
+                .is_none()
+        );
+        assert!(
+            view.local(keys.local, 0x1000, 1, Intent::LocalWrite)
+                .is_some()
+        );
         assert!(view.remove(keys.mr).is_some());
-        assert!(!view.remote(LANE, keys.remote.0, 0x1000, 1, Intent::RemoteWrite));
+        assert!(
+            view.remote(LANE, keys.remote.0, 0x1000, 1, Intent::RemoteWrite)
+                .is_none()
+        );
         assert!(view.remove(keys.mr).is_none());
     }
 }

@@ -8,9 +8,12 @@ use std::{collections::VecDeque, io};
 use zerocopy::IntoBytes;
 
 use super::{
-    super::{LaneId, Opcode, Status},
+    super::{
+        LaneId, Opcode, Status,
+        mapping::{Brackets, Touch},
+    },
     lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
-    memory::{Intent, MemoryView},
+    memory::{Intent, MemoryView, Region},
     send::{Failure, Gather, SendQueue, pieces},
     sys::{self, Iov},
     wire::{FLAG_ACK, Header, MAX_READS, Op, Refusal, TRAIN, TRAIN_BYTES},
@@ -33,6 +36,8 @@ pub(super) struct Serving {
 pub(super) struct Transmitter {
     headers: Vec<Header>,
     pieces: Vec<Iov>,
+    /// The dmabufs that the pieces point into.
+    dmabufs: Brackets,
     /// The first piece that is not out.
     at: usize,
     bytes: u32,
@@ -61,6 +66,7 @@ impl Transmitter {
         Self {
             headers: Vec::with_capacity(TRAIN),
             pieces: Vec::with_capacity(PIECES),
+            dmabufs: Brackets::default(),
             at: 0,
             bytes: 0,
             serving: VecDeque::new(),
@@ -116,13 +122,17 @@ impl Transmitter {
         self.dirty = true;
     }
 
-    /// Whether the train under way reads from `[address, address + length)`.
-    pub(super) fn touches(&self, address: u64, length: u64) -> bool {
-        let end = address.saturating_add(length);
-        self.pieces.iter().skip(self.at.max(1)).any(|piece| {
-            let first = piece.address as u64;
-            first < end && first.saturating_add(piece.length as u64) > address
-        })
+    /// Whether the train under way reads from `region`.
+    pub(super) fn touches(&self, region: &Region) -> bool {
+        let mut rest = self.pieces.iter().skip(self.at.max(1));
+        rest.any(|piece| region.holds(piece.address as u64, piece.length as u64))
+    }
+
+    /// Nothing of the train under way goes out any more, so it holds no memory either.
+    pub(super) fn abandon(&mut self) {
+        self.pieces.clear();
+        self.dmabufs.clear();
+        self.at = 0;
     }
 
     fn has_room(&self) -> bool {
@@ -139,6 +149,7 @@ impl Transmitter {
     ) -> Result<bool, Fault> {
         self.headers.clear();
         self.pieces.clear();
+        self.dmabufs.clear();
         self.at = 0;
         self.bytes = 0;
         // The headers' own piece; filled in when they are complete.
@@ -201,15 +212,16 @@ impl Transmitter {
             let Some(serving) = self.serving.front_mut() else {
                 return Ok(());
             };
-            let allowed = serving.remaining == 0
-                || memory.remote(
-                    lane,
-                    serving.key,
-                    serving.address,
-                    serving.remaining.into(),
-                    Intent::RemoteRead,
-                );
-            if !allowed {
+            // A read of nothing touches no memory and needs no key.
+            let empty = serving.remaining == 0;
+            let found = memory.remote(
+                lane,
+                serving.key,
+                serving.address,
+                serving.remaining.into(),
+                Intent::RemoteRead,
+            );
+            if found.is_none() && !empty {
                 let sequence = serving.sequence;
                 if self.refusal.is_some() {
                     self.serving.clear();
@@ -231,9 +243,10 @@ impl Transmitter {
             header.length = length.into();
             header.remaining = serving.remaining.into();
             self.headers.push(header);
-            if length > 0 {
+            if let Some(found) = found.filter(|_| length > 0) {
+                self.dmabufs.add(found.mapping);
                 self.pieces.push(Iov {
-                    address: serving.address as usize,
+                    address: found.host as usize,
                     length: length as usize,
                 });
                 self.bytes += length;
@@ -334,12 +347,14 @@ impl Transmitter {
                     return false;
                 }
                 // Once more, because the registration may have ended since the post.
-                if !memory.local(sge.key, address, length.into(), Intent::LocalRead) {
+                let found = memory.local(sge.key, address, length.into(), Intent::LocalRead);
+                let Some(found) = found else {
                     refused = true;
                     return false;
-                }
+                };
+                self.dmabufs.add(found.mapping);
                 self.pieces.push(Iov {
-                    address: address as usize,
+                    address: found.host as usize,
                     length: length as usize,
                 });
                 true
@@ -394,7 +409,11 @@ impl Lane {
                 }
             }
             let waiting = transmitter.pieces.get(transmitter.at..).unwrap_or_default();
-            match sys::send_vectored(fd, waiting) {
+            let sent = transmitter
+                .dmabufs
+                .around(Touch::Read, || sys::send_vectored(fd, waiting))
+                .map_err(|error| Fault::Fail(Failure::of_memory(&error)))?;
+            match sent {
                 Ok(n) => transmitter.advance(n),
                 Err(error) => match (error.kind(), error.raw_os_error()) {
                     (io::ErrorKind::WouldBlock, _) => self.writable = false,

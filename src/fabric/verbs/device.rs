@@ -20,8 +20,8 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 
 use crate::fabric::{
-    Access, Capabilities, Context, Device, DeviceInfo, FabricError, FabricErrorKind, FabricKind,
-    LinkState, LocalKey, MemoryKeys, MrId, RemoteKey, WindowBind,
+    Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind,
+    FabricKind, LinkState, LocalKey, MemoryKeys, MrId, RemoteKey, WindowBind, mapping::page_size,
 };
 
 use super::{
@@ -29,7 +29,7 @@ use super::{
     config::VerbsConfig,
     context::VerbsContext,
     error::Place,
-    facts::{DeviceCaps, DeviceFacts, LibraryFacts, PortFacts, Transport},
+    facts::{DeviceCaps, DeviceFacts, DmabufSupport, LibraryFacts, PortFacts, Transport},
     gid::{Gid, GidEntry, GidType, choose_gid},
     inventory::{self, library, read_device, read_port},
     link::{LinkLayer, Mtu, PortState},
@@ -69,6 +69,7 @@ pub struct VerbsDevice {
     place: Place,
     config: VerbsConfig,
     limits: DeviceCaps,
+    dmabuf: DmabufSupport,
     port: RwLock<PortNow>,
     regions: Mutex<HashMap<u64, MemoryRegion>>,
     next_region: AtomicU64,
@@ -226,6 +227,8 @@ impl VerbsDevice {
             mtu: now.active_mtu.bytes(),
             read: limits.max_qp_rd_atom > 0 && limits.max_qp_init_rd_atom > 0,
             windows: windows::probe(&domain, &limits),
+            dmabuf: facts.dmabuf == DmabufSupport::Supported,
+            relaxed_ordering: facts.relaxed_ordering.is_ok(),
         };
         let info = DeviceInfo {
             kind: FabricKind::Verbs,
@@ -246,6 +249,7 @@ impl VerbsDevice {
             place,
             config: config.clone(),
             limits,
+            dmabuf: facts.dmabuf,
             port: RwLock::new(now),
             regions: Mutex::default(),
             next_region: AtomicU64::new(1),
@@ -345,6 +349,28 @@ impl VerbsDevice {
             psn,
             lid: port.lid,
             gid: port.gid.as_ref().map_or(Gid::default(), |gid| gid.gid),
+        }
+    }
+
+    /// Takes a region over and tells its keys. `windows` says where it is, if there may be windows into it.
+    ///
+    /// # Safety
+    ///
+    /// It is live and nobody else's.
+    unsafe fn keep(
+        &self,
+        raw: *mut sys::ibv_mr,
+        windows: Option<(u64, u64, Access)>,
+    ) -> MemoryKeys {
+        // SAFETY: the region is live; the library filled in its keys when it made it.
+        let (lkey, rkey) = unsafe { ((*raw).lkey, (*raw).rkey) };
+        let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
+        let region = MemoryRegion { raw, windows };
+        self.regions.lock().insert(mr, region);
+        MemoryKeys {
+            mr: MrId(mr),
+            local: LocalKey(lkey),
+            remote: RemoteKey(rkey),
         }
     }
 
@@ -476,19 +502,48 @@ impl Device for VerbsDevice {
             Some(region) => region,
             None => register(flags).map_err(|errno| self.place.os(CALL, errno.code()))?,
         };
-        // SAFETY: the region was just made; the library fills in its keys before it returns.
-        let (lkey, rkey) = unsafe { ((*region).lkey, (*region).rkey) };
-        let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
-        let region = MemoryRegion {
-            raw: region,
-            windows,
+        // SAFETY: made just above.
+        Ok(unsafe { self.keep(region, windows) })
+    }
+
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        const CALL: &str = "ibv_reg_dmabuf_mr";
+        let (offset, length, address) = (range.offset, range.length, range.address);
+        match self.dmabuf {
+            DmabufSupport::Supported => {}
+            DmabufSupport::NoSymbol => return Err(self.place.os(CALL, libc::ENOSYS)),
+            DmabufSupport::Unsupported(errno) => return Err(self.place.os(CALL, errno)),
+        }
+        self.place
+            .limit(CALL, "length", length, self.limits.max_mr_size)?;
+        let bad = |what: &str| {
+            let what = format!("{what} (offset {offset}, {address:#x}..+{length})");
+            Err(self.place.error(CALL, FabricErrorKind::Memory(what)))
         };
-        self.regions.lock().insert(mr, region);
-        Ok(MemoryKeys {
-            mr: MrId(mr),
-            local: LocalKey(lkey),
-            remote: RemoteKey(rkey),
-        })
+        if length == 0 {
+            return bad("empty range");
+        }
+        if address.checked_add(length).is_none() || offset.checked_add(length).is_none() {
+            return bad("range outside of the address space");
+        }
+        if offset % page_size() != address % page_size() {
+            return bad("offset and address differ in their place within a page");
+        }
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&range.fd);
+        // SAFETY: the domain is live and the descriptor open; the caller vouches for what is behind it.
+        let region = unsafe {
+            let (pd, flags) = (self.domain.raw(), access_flags(access));
+            let length = length as usize;
+            self.lib()
+                .reg_dmabuf_mr(pd, offset, length, address, fd, flags)
+        }
+        .map_err(|errno| self.place.os(CALL, errno.code()))?;
+        // SAFETY: made just above.
+        Ok(unsafe { self.keep(region, None) })
     }
 
     fn open_context(
@@ -542,6 +597,10 @@ fn access_flags(access: Access) -> u32 {
     }
     if access.remote_read {
         flags |= sys::IBV_ACCESS_REMOTE_READ;
+    }
+    if access.relaxed_ordering {
+        // In IBV_ACCESS_OPTIONAL_RANGE: a device that does not know it ignores it.
+        flags |= sys::IBV_ACCESS_RELAXED_ORDERING;
     }
     flags
 }
@@ -616,8 +675,14 @@ mod tests {
             local_write: false,
             remote_write: false,
             remote_read: true,
+            relaxed_ordering: false,
         };
         assert_eq!(access_flags(read_only), 4);
+        let relaxed = Access {
+            relaxed_ordering: true,
+            ..Access::REMOTE_WRITE
+        };
+        assert_eq!(access_flags(relaxed), 1 | 2 | 1 << 20);
     }
 
     #[test]

@@ -75,6 +75,8 @@ pub(super) struct Node {
     /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
     pub(super) running: bool,
     inbox: Vec<ControlEvent>,
+    /// Whether what has come for it waits, as in a socket.
+    held: bool,
 }
 
 /// Everything there is.
@@ -179,7 +181,10 @@ impl World {
             if !node.running {
                 continue;
             }
-            let mut events = std::mem::take(&mut node.inbox);
+            let mut events = match node.held {
+                true => Vec::new(),
+                false => std::mem::take(&mut node.inbox),
+            };
             let mut commands = node.commands.try_iter().collect();
             active |= node.core.step(Time(self.now), &mut commands, &mut events);
             let requests = std::mem::take(&mut *node.requests.0.lock());
@@ -391,6 +396,7 @@ impl Node {
             unfenceable,
             running: true,
             inbox: Vec::new(),
+            held: false,
         }
     }
 
@@ -450,6 +456,11 @@ impl Node {
         let entry = AccessEntry::new(token.clone(), op, Arc::clone(&shared), timeout);
         assert!(self.shared.command(Command::Access(Box::new(entry))));
         shared
+    }
+
+    /// Keeps what comes over control connections from the node, or no longer does.
+    pub(super) fn hold_events(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Timers of grants that have not come due.
