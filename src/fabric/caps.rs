@@ -1,6 +1,6 @@
 //! What a rail is and what it can do. Every figure here is asked from the device, never assumed.
 
-use crate::wire::FabricKind;
+use crate::{memory::PciAddress, wire::FabricKind};
 
 use super::WindowCaps;
 
@@ -58,6 +58,8 @@ pub struct DeviceInfo {
     pub link: LinkState,
     /// Link speed in bits per second, 0 if unknown.
     pub bits_per_second: u64,
+    /// The PCI function behind it, if there is one: where the rail is in the host.
+    pub pci: Option<PciAddress>,
     /// Limits.
     pub caps: Capabilities,
 }

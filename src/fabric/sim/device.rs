@@ -9,10 +9,13 @@ use super::{
     context::SimContext,
     world::{PORT, World},
 };
-use crate::fabric::{
-    Access, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind, FabricKind,
-    LinkState, MemoryKeys,
-    mapping::{Mapping, page_size},
+use crate::{
+    fabric::{
+        Access, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind, FabricKind,
+        LinkState, MemoryKeys,
+        mapping::{Mapping, page_size},
+    },
+    memory::PciAddress,
 };
 
 /// A handle of a device of a [`SimNet`](super::SimNet). When the last one and the device's context are dropped, the
@@ -26,7 +29,12 @@ pub struct SimDevice {
 }
 
 impl SimDevice {
-    pub(super) fn new(world: Arc<Mutex<World>>, net: u64, name: &str) -> Self {
+    pub(super) fn new(
+        world: Arc<Mutex<World>>,
+        net: u64,
+        name: &str,
+        pci: Option<PciAddress>,
+    ) -> Self {
         let mut guard = world.lock();
         let index = guard.device(name);
         let info = DeviceInfo {
@@ -36,6 +44,7 @@ impl SimDevice {
             address: format!("sim:{name}"),
             link: LinkState::Active,
             bits_per_second: guard.config.bits_per_second,
+            pci,
             caps: guard.config.caps.clone(),
         };
         drop(guard);

@@ -120,6 +120,7 @@ impl TcpDevice {
             address: local.to_string(),
             link: LinkState::Active,
             bits_per_second: 0,
+            pci: None,
             caps: CAPABILITIES,
         };
         Ok(Arc::new(Self {

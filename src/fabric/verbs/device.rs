@@ -241,6 +241,7 @@ impl VerbsDevice {
             },
             link: LinkState::Active,
             bits_per_second: port.bits_per_second,
+            pci: facts.pci.as_ref().and_then(|pci| pci.parse().ok()),
             caps,
         };
         tracing::info!(device = %info.name, port = number, address = %info.address, mtu = info.caps.mtu, "rail opened");

@@ -14,8 +14,14 @@ const GUEST_TESTS: &[&str] = &["fabric_suite", "endpoint_suite", "two_process"];
 /// Test targets whose names start so run in a guest, too.
 const GUEST_TEST_PREFIX: &str = "rxe_";
 
-/// Test targets that need a kernel which makes dmabufs. They, too, must exist.
-const DMABUF_TESTS: &[&str] = &["dmabuf"];
+/// Test targets that need a kernel which makes dmabufs, and what to run of them. They, too, must exist.
+const DMABUF_TESTS: &[(&str, &str)] = &[
+    ("dmabuf", "--include-ignored"),
+    (
+        "fabric_suite",
+        "--include-ignored any_offset outside_of_the_range a_mapping_ends",
+    ),
+];
 
 /// Arguments of all tests. The suites share two emulated devices, and each test of theirs uses threads of its own.
 const TEST_ARGUMENTS: &str = "--test-threads=1";
@@ -86,18 +92,16 @@ pub(super) fn suites_in_one_guest(options: &Options, machine: &Machine) -> Resul
 /// Everything about real dmabufs, over every fabric, in a guest whose kernel makes them.
 pub(super) fn dmabufs_in_one_guest(options: &Options, machine: &Machine) -> Result<()> {
     let tests = artifacts::tests(options.release)?;
-    let wanted =
-        |test: &Executable| test.kind == "test" && DMABUF_TESTS.contains(&test.name.as_str());
-    let suites: Vec<_> = tests.into_iter().filter(wanted).collect();
-    if suites.len() != DMABUF_TESTS.len() {
-        bail!("a test target is missing of {DMABUF_TESTS:?}, which must run with real dmabufs");
-    }
     let mut script = String::from(
         "failed=()\nfor node in /dev/udmabuf /dev/dma_heap/system; do\n    \
          [ -e $node ] || { echo \"this kernel has no $node\" >&2; exit 1; }\ndone\n",
     );
-    for suite in &suites {
-        script.push_str(&suite_script(suite, "--ignored"));
+    for (name, cases) in DMABUF_TESTS {
+        let mut suites = tests.iter().filter(|test| test.kind == "test");
+        let suite = suites
+            .find(|test| test.name == *name)
+            .with_context(|| format!("there is no test target {name:?} (see DMABUF_TESTS)"))?;
+        script.push_str(&suite_script(suite, cases));
     }
     script.push_str(REPORT_FAILURES);
     let guest = options.configure(Guest::alone(script));
