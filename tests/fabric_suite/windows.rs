@@ -414,6 +414,7 @@ pub(crate) fn rights_of_a_window_are_its_own(mut pair: Pair) {
 pub(crate) fn taking_back_stops_a_stream(mut pair: Pair) {
     let Some(caps) = caps(&pair) else { return };
     const LENGTH: usize = 32 << 20;
+    const WRITES: usize = 8;
     let (from, to) = (Memory::new(LENGTH, 0x99), Memory::new(LENGTH + PAGE, 0));
     let source = pair.a.register(&from, Access::LOCAL);
     let target = pair.b.register(&to, Access::REMOTE_WRITE);
@@ -421,10 +422,19 @@ pub(crate) fn taking_back_stops_a_stream(mut pair: Pair) {
     let (other_a, other_b) = pair.lane(&LANE);
     let window = bound(&mut pair, b, bind_of(&target, &to, 0, LENGTH));
     let other = bound(&mut pair, other_b, bind_of(&target, &to, LENGTH, PAGE));
-    let stream = request(1, Opcode::Write, to.address(), window.remote, 1);
-    pair.a
-        .post(a, &[stream], &[sge(&from, &source, 0, LENGTH)])
-        .expect("post");
+    let part = LENGTH / WRITES;
+    let stream: Vec<_> = (0..WRITES)
+        .map(|id| {
+            let there = to.address() + (id * part) as u64;
+            let mut write = request(id as u64, Opcode::Write, there, window.remote, 1);
+            write.first_sge = id as u32;
+            write
+        })
+        .collect();
+    let sges: Vec<_> = (0..WRITES)
+        .map(|id| sge(&from, &source, id * part, part))
+        .collect();
+    pair.a.post(a, &stream, &sges).expect("post");
     pair.until("the first byte", |_| to.read(0, 1) == [0x99]);
     taken(&mut pair, b, window.id);
     if !caps.final_when_done {
@@ -435,8 +445,16 @@ pub(crate) fn taking_back_stops_a_stream(mut pair: Pair) {
     assert_eq!(shut[LENGTH - 1], 0, "the stream had ended before");
     pair.poll_for(Duration::from_millis(300));
     same_bytes("after the invalidation", &to.all(), &shut);
-    pair.until("the writer's failure", |pair| pair.a.sends().len() == 1);
-    assert_eq!(pair.a.sends(), [(1, Status::RemoteAccess)]);
+    pair.until("the writer's failures", |pair| {
+        pair.a.sends().len() == WRITES
+    });
+    let sends = pair.a.sends();
+    let mut failed = sends
+        .iter()
+        .map(|(_, status)| *status)
+        .skip_while(|status| *status == Status::Success);
+    assert_eq!(failed.next(), Some(Status::RemoteAccess));
+    assert!(failed.all(|status| status == Status::Flushed), "{sends:?}");
     let there = to.address() + LENGTH as u64;
     assert_eq!(
         write(&mut pair, other_a, there, other.remote, PAGE),

@@ -9,6 +9,7 @@
 //! | `context` | the data path: lanes; `progress` of what the device reports, `fence` of what ends |
 //! | `lane`, `attributes`, `address` | one queue pair: its account, its states; how a peer reaches it |
 //! | `post`, `poll` | requests to work requests, work completions to completions |
+//! | `windows` | memory windows of type 2, bound and taken back |
 //! | `events` | completion channel and asynchronous events |
 //! | `sys` | the raw binding |
 

@@ -130,14 +130,13 @@ impl Poster {
         if lane.sent.room() == 0 {
             return Err(full(lane.sent.depth()));
         }
+        // Nothing is left of an earlier request: rxe's provider refuses a binding that has an immediate.
+        *send = sys::ibv_send_wr::zeroed();
         send.wr_id = WrId::Send {
             lane: lane.id,
             sequence: lane.sent.sequence(0),
         }
         .encode();
-        send.next = std::ptr::null_mut();
-        send.sg_list = std::ptr::null_mut();
-        send.num_sge = 0;
         send.send_flags = sys::IBV_SEND_SIGNALED;
         fill(send);
         // SAFETY: callers post to connected lanes, whose queue pairs are live; a chain of one without gather list.
