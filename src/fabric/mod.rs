@@ -166,7 +166,8 @@ pub trait Context: Send {
     /// Takes a window back. It takes a slot of the lane's send queue and completes with `id`, as a binding does; windows
     /// are bound and taken back in the order of the calls. Once the completion has been polled with success no access
     /// through the window can begin, or (with [`WindowCaps::final_when_done`]) place another byte; the peer's next
-    /// attempt is refused, which fails the lane on both sides.
+    /// attempt is refused, which fails the lane on both sides. If the peer is writing at that moment, the lane may fail
+    /// for that before the completion is reported, which is then [`Status::Flushed`]: fence the lane.
     ///
     /// A window may be taken back once, and before its binding has completed, too.
     ///
