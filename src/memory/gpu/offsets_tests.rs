@@ -21,7 +21,7 @@ fn all_small_cases() {
             let exported = span(base, size);
             let rounded = round_out(exported, PAGE).unwrap();
             assert!(rounded.contains(exported));
-            assert!(rounded.address % PAGE == 0 && rounded.length % PAGE == 0);
+            assert!(rounded.address.is_multiple_of(PAGE) && rounded.length.is_multiple_of(PAGE));
             // The smallest: a page less at either end would lose a byte.
             assert!(exported.address - rounded.address < PAGE);
             assert!(rounded.end().unwrap() - exported.end().unwrap() < PAGE);

@@ -101,10 +101,10 @@ pub(super) fn open(
     let flags = RTLD_NOW | RTLD_LOCAL | libc::RTLD_NODELETE;
     // An engine's memory belongs to the runtime that the engine has loaded, so that one goes first, whatever release it
     // is: two in one process do not know each other's pointers.
-    for name in &names {
+    for &name in &names {
         // SAFETY: runs no code; only takes a reference to what is loaded.
         if let Ok(library) = unsafe { Library::open(Some(name), flags | libc::RTLD_NOLOAD) } {
-            return Ok((library, (*name).to_owned()));
+            return Ok((library, name.to_owned()));
         }
     }
     for name in names {
