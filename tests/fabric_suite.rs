@@ -9,6 +9,8 @@
 mod access;
 #[path = "fabric_suite/checker.rs"]
 mod checker;
+#[path = "fabric_suite/dmabuf.rs"]
+mod dmabuf;
 #[path = "fabric_suite/factories.rs"]
 mod factories;
 #[path = "fabric_suite/faults.rs"]
@@ -74,6 +76,10 @@ macro_rules! all_cases {
             access::deregistered_key_is_refused,
             access::foreign_local_key_is_refused,
             access::refusal_keeps_earlier_writes,
+            dmabuf::writes_land_at_any_offset,
+            dmabuf::sends_and_reads_from_any_offset,
+            dmabuf::outside_of_the_range_is_refused,
+            dmabuf::a_mapping_ends_with_its_registration,
             faults::fence_stops_a_stream,
             faults::fence_flushes_in_order,
             faults::unsignaled_failure_completes,

@@ -19,6 +19,7 @@
 
 mod caps;
 mod error;
+mod mapping;
 mod request;
 pub mod sim;
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::gpu::GpuError;
+use super::{dmabuf::DmabufError, gpu::GpuError};
 
 /// Why memory could not be had or reached.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +36,9 @@ pub enum MemoryError {
         /// Bytes there are.
         capacity: u64,
     },
+    /// A dmabuf, its exporter, or a mapping of it.
+    #[error(transparent)]
+    Dmabuf(#[from] DmabufError),
     /// A GPU's runtime, or something about a GPU's memory.
     #[error(transparent)]
     Gpu(#[from] Box<GpuError>),
@@ -48,9 +51,12 @@ impl From<GpuError> for MemoryError {
 }
 
 impl MemoryError {
-    /// Whether the same call can succeed later without a change of configuration: only if a GPU had too little memory
-    /// left.
+    /// Whether the same call can succeed later without a change of configuration.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Gpu(error) if error.is_retryable())
+        match self {
+            Self::Dmabuf(error) => error.is_retryable(),
+            Self::Gpu(error) => error.is_retryable(),
+            _ => false,
+        }
     }
 }

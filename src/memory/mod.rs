@@ -5,6 +5,7 @@
 //! that a range is at rest.
 
 mod device;
+pub mod dmabuf;
 mod error;
 pub mod gpu;
 mod host;
@@ -13,6 +14,7 @@ pub use device::{
     BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Span, Ticket,
     Visibility,
 };
+pub use dmabuf::{DmabufError, DmabufMemory};
 pub use error::MemoryError;
 pub use gpu::{CudaMemory, HipMemory};
 pub use host::{HostMemory, HugePages};
@@ -33,6 +35,8 @@ pub enum MemoryKind {
     Hip(u32),
     /// Memory of the NVIDIA GPU with this number in CUDA.
     Cuda(u32),
+    /// A range of a dmabuf.
+    Dmabuf,
 }
 
 /// A range of memory that can be registered with NICs.

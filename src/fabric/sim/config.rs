@@ -82,6 +82,8 @@ impl Default for SimConfig {
                 max_mr: 1 << 40,
                 mtu: 4096,
                 read: true,
+                dmabuf: true,
+                relaxed_ordering: false,
             },
             trace_capacity: 4096,
         }

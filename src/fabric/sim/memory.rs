@@ -4,8 +4,13 @@
 //! a stale key, a key of another device or a local key used as a remote one is refused rather than right by accident.
 //! No key is ever given out twice by one device.
 
+use std::sync::Arc;
+
 use super::rng::Rng;
-use crate::fabric::{Access, LocalKey, MemoryKeys, MrId, RemoteKey, Sge};
+use crate::fabric::{
+    Access, LocalKey, MemoryKeys, MrId, RemoteKey, Sge,
+    mapping::{Mapping, Touch},
+};
 
 /// What an access needs of its registration.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -16,11 +21,13 @@ pub(super) enum Need {
     RemoteWrite,
 }
 
-#[derive(Clone, Copy)]
 struct Region {
+    /// How requests and peers name the first byte.
     address: u64,
     length: u64,
     access: Access,
+    /// Where a dmabuf is in this process; other memory is where its address says.
+    mapping: Option<Arc<Mapping>>,
 }
 
 struct Slot {
@@ -29,9 +36,12 @@ struct Slot {
 }
 
 /// A range that a key allows: proof that the checks were made.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Span {
+    /// In this process.
     address: u64,
+    /// What keeps it there, if it is in a dmabuf.
+    mapping: Option<Arc<Mapping>>,
     length: usize,
     /// Where it lies in its registration.
     pub(super) offset: u64,
@@ -45,16 +55,18 @@ impl Span {
             address: self.address + offset,
             length,
             offset: self.offset + offset,
+            mapping: self.mapping,
         })
     }
 
-    pub(super) fn len(self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.length
     }
 
     /// Appends the bytes to `out`.
     pub(super) fn read(self, out: &mut Vec<u8>) {
         out.reserve(self.length);
+        self.sync(Touch::Read, false);
         let source = self.address as *const u8;
         // SAFETY: the span lies inside a live registration, which by the contract of `Device::register` stays mapped
         // and readable, or is an inline element, which the caller of `read_inline` promises to be readable; `out` has
@@ -65,16 +77,32 @@ impl Span {
             std::ptr::copy_nonoverlapping(source, end, self.length);
             out.set_len(out.len() + self.length);
         }
+        self.sync(Touch::Read, true);
     }
 
     /// Writes `data`, which must be as long as the span.
     pub(super) fn write(self, data: &[u8]) {
         debug_assert_eq!(data.len(), self.length);
         let length = self.length.min(data.len());
+        self.sync(Touch::Write, false);
         // SAFETY: the span lies inside a live registration with a writing access, which by the contract of
         // `Device::register` stays mapped and writable and is under no Rust reference; `data` is our own memory, so
         // the two do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.address as *mut u8, length) }
+        self.sync(Touch::Write, true);
+    }
+
+    /// Tells the exporter of a dmabuf of the CPU's access.
+    fn sync(&self, touch: Touch, end: bool) {
+        let Some(mapping) = &self.mapping else { return };
+        let result = match end {
+            true => mapping.end(touch),
+            false => mapping.begin(touch),
+        };
+        // A simulated device has no caches whose state could matter; the access itself is as good as it gets.
+        if let Err(error) = result {
+            tracing::warn!(%error, "DMA_BUF_IOCTL_SYNC");
+        }
     }
 }
 
@@ -90,6 +118,7 @@ pub(super) unsafe fn read_inline(sges: &[Sge]) -> Vec<u8> {
             address: sge.address,
             length: sge.length as usize,
             offset: 0,
+            mapping: None,
         };
         span.read(&mut data);
     }
@@ -119,6 +148,7 @@ impl Regions {
         address: u64,
         length: u64,
         access: Access,
+        mapping: Option<Mapping>,
     ) -> Option<MemoryKeys> {
         let index = match self.free.pop() {
             Some(index) => index,
@@ -136,6 +166,7 @@ impl Regions {
             address,
             length,
             access,
+            mapping: mapping.map(Arc::new),
         });
         let raw = u32::from(index) << 16 | u32::from(slot.generation);
         Some(MemoryKeys {
@@ -197,10 +228,16 @@ impl Regions {
         };
         let offset = address.checked_sub(region.address)?;
         let end = offset.checked_add(length)?;
-        (allowed && end <= region.length).then_some(Span {
-            address,
-            length: usize::try_from(length).ok()?,
+        let host = region
+            .mapping
+            .as_ref()
+            .map_or(region.address, |m| m.first());
+        let length = usize::try_from(length).ok()?;
+        (allowed && end <= region.length).then(|| Span {
+            address: host + offset,
+            length,
             offset,
+            mapping: region.mapping.clone(),
         })
     }
 
@@ -240,7 +277,12 @@ mod tests {
 
     fn keys_at(regions: &mut Regions, memory: &mut [u8], access: Access) -> MemoryKeys {
         regions
-            .register(memory.as_mut_ptr() as u64, memory.len() as u64, access)
+            .register(
+                memory.as_mut_ptr() as u64,
+                memory.len() as u64,
+                access,
+                None,
+            )
             .unwrap()
     }
 

@@ -53,6 +53,7 @@ pub use device::SimDevice;
 pub use stats::SimStats;
 pub use trace::{Trace, TraceEntry, TraceEvent};
 
+use crate::memory::PciAddress;
 use world::World;
 
 /// A simulated network. Clones are handles of the same one.
@@ -82,7 +83,13 @@ impl SimNet {
 
     /// The device called `name`: a handle of the living one, or a new one.
     pub fn device(&self, name: &str) -> Arc<SimDevice> {
-        Arc::new(SimDevice::new(Arc::clone(&self.world), self.id, name))
+        Arc::new(SimDevice::new(Arc::clone(&self.world), self.id, name, None))
+    }
+
+    /// Like [`SimNet::device`], with a place in a host.
+    pub fn device_at(&self, name: &str, pci: PciAddress) -> Arc<SimDevice> {
+        let world = Arc::clone(&self.world);
+        Arc::new(SimDevice::new(world, self.id, name, Some(pci)))
     }
 
     /// Virtual nanoseconds since the start.

@@ -101,8 +101,8 @@ impl World {
             lane.receives -= 1;
         }
         if let Some(span) = span {
-            span.write(&chunk.data);
             let offset = span.offset;
+            span.write(&chunk.data);
             self.stats.bytes += length;
             self.trace(
                 at,

@@ -13,15 +13,27 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::super::{Access, LocalKey, MemoryKeys, MrId, RemoteKey};
+use super::super::{Access, LocalKey, MemoryKeys, MrId, RemoteKey, mapping::Mapping};
 
 /// One registration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Region {
     keys: MemoryKeys,
-    pub(super) address: u64,
-    pub(super) length: u64,
+    /// How requests and peers name the first byte.
+    address: u64,
+    length: u64,
     access: Access,
+    /// Where a dmabuf is in this process; other memory is where its address says.
+    mapping: Option<Arc<Mapping>>,
+}
+
+/// A range that a key allows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found<'a> {
+    /// Where it is in this process.
+    pub(super) host: u64,
+    /// What keeps it there, if it is in a dmabuf.
+    pub(super) mapping: Option<&'a Arc<Mapping>>,
 }
 
 impl Region {
@@ -30,6 +42,23 @@ impl Region {
             .checked_sub(self.address)
             .and_then(|offset| offset.checked_add(length))
             .is_some_and(|end| end <= self.length)
+    }
+
+    fn find(&self, address: u64, length: u64, intent: Intent) -> Option<Found<'_>> {
+        (self.contains(address, length) && intent.allowed(self.access)).then(|| Found {
+            host: self.host() + (address - self.address),
+            mapping: self.mapping.as_ref(),
+        })
+    }
+
+    fn host(&self) -> u64 {
+        self.mapping.as_ref().map_or(self.address, |m| m.first())
+    }
+
+    /// Whether bytes of this process at `[first, first + length)` are of it.
+    pub(super) fn holds(&self, first: u64, length: u64) -> bool {
+        let end = self.host().saturating_add(self.length);
+        first < end && first.saturating_add(length) > self.host()
     }
 }
 
@@ -121,7 +150,13 @@ impl Registry {
     }
 
     /// Adds a range that the caller has checked. Nothing if all keys have been used.
-    pub(super) fn insert(&self, address: u64, length: u64, access: Access) -> Option<MemoryKeys> {
+    pub(super) fn insert(
+        &self,
+        address: u64,
+        length: u64,
+        access: Access,
+        mapping: Option<Mapping>,
+    ) -> Option<MemoryKeys> {
         let mut state = self.state.lock();
         let keys = MemoryKeys {
             mr: MrId(state.next_mr),
@@ -134,12 +169,13 @@ impl Registry {
             address,
             length,
             access,
+            mapping: mapping.map(Arc::new),
         };
         let mut table = Table::clone(&state.table);
         let at = table
             .local
             .partition_point(|r| r.keys.local.0 < keys.local.0);
-        table.local.insert(at, region);
+        table.local.insert(at, region.clone());
         let at = table
             .remote
             .partition_point(|r| r.keys.remote.0 < keys.remote.0);
@@ -184,7 +220,7 @@ impl MemoryView {
         view
     }
 
-    /// Whether `[address, address + length)` lies in the registration that local key `key` names, which allows
+    /// Where `[address, address + length)` is, if it lies in the registration that local key `key` names, which allows
     /// `intent`.
     pub(super) fn local(
         &mut self,
@@ -192,21 +228,31 @@ impl MemoryView {
         address: u64,
         length: u64,
         intent: Intent,
-    ) -> bool {
+    ) -> Option<Found<'_>> {
         self.refresh();
         let table = &self.table.local;
         let found = table.binary_search_by_key(&key.0, |r| r.keys.local.0);
-        let region = found.ok().and_then(|at| table.get(at));
-        region.is_some_and(|r| r.contains(address, length) && intent.allowed(r.access))
+        found
+            .ok()
+            .and_then(|at| table.get(at))?
+            .find(address, length, intent)
     }
 
     /// The same for the remote key `key`.
-    pub(super) fn remote(&mut self, key: u32, address: u64, length: u64, intent: Intent) -> bool {
+    pub(super) fn remote(
+        &mut self,
+        key: u32,
+        address: u64,
+        length: u64,
+        intent: Intent,
+    ) -> Option<Found<'_>> {
         self.refresh();
         let table = &self.table.remote;
         let found = table.binary_search_by_key(&key, |r| r.keys.remote.0);
-        let region = found.ok().and_then(|at| table.get(at));
-        region.is_some_and(|r| r.contains(address, length) && intent.allowed(r.access))
+        found
+            .ok()
+            .and_then(|at| table.get(at))?
+            .find(address, length, intent)
     }
 
     /// Ends a registration; later lookups do not find it.
@@ -258,21 +304,35 @@ mod tests {
         let registry = Arc::new(Registry::new());
         let mut view = MemoryView::new(Arc::clone(&registry));
         let keys = registry
-            .insert(0x1000, 0x1000, Access::REMOTE_WRITE)
+            .insert(0x1000, 0x1000, Access::REMOTE_WRITE, None)
             .unwrap();
-        let mut ask =
-            |address, length| view.remote(keys.remote.0, address, length, Intent::RemoteWrite);
+        let mut ask = |address, length| {
+            view.remote(keys.remote.0, address, length, Intent::RemoteWrite)
+                .is_some()
+        };
         assert!(ask(0x1000, 0x1000));
         assert!(ask(0x2000, 0));
         assert!(!ask(0x0fff, 1));
         assert!(!ask(0x1fff, 2));
         assert!(!ask(0x1800, u64::MAX));
         assert!(!ask(u64::MAX, 1));
-        assert!(!view.remote(keys.remote.0, 0x1000, 1, Intent::RemoteRead));
-        assert!(!view.remote(keys.local.0, 0x1000, 1, Intent::RemoteWrite));
-        assert!(view.local(keys.local, 0x1000, 1, Intent::LocalWrite));
+        assert!(
+            view.remote(keys.remote.0, 0x1000, 1, Intent::RemoteRead)
+                .is_none()
+        );
+        assert!(
+            view.remote(keys.local.0, 0x1000, 1, Intent::RemoteWrite)
+                .is_none()
+        );
+        assert!(
+            view.local(keys.local, 0x1000, 1, Intent::LocalWrite)
+                .is_some()
+        );
         assert!(view.remove(keys.mr).is_some());
-        assert!(!view.remote(keys.remote.0, 0x1000, 1, Intent::RemoteWrite));
+        assert!(
+            view.remote(keys.remote.0, 0x1000, 1, Intent::RemoteWrite)
+                .is_none()
+        );
         assert!(view.remove(keys.mr).is_none());
     }
 }

@@ -36,6 +36,14 @@ impl Failure {
         }
     }
 
+    /// The exporter of a dmabuf did not let the CPU at it.
+    pub(super) fn of_memory(error: &std::io::Error) -> Self {
+        Self {
+            status: Status::LocalProtection,
+            vendor: error.raw_os_error().unwrap_or(libc::EIO).unsigned_abs(),
+        }
+    }
+
     /// The peer broke the protocol.
     pub(super) fn protocol() -> Self {
         Self {
@@ -195,7 +203,10 @@ impl SendQueue {
                 Opcode::Write | Opcode::WriteImm(_) => Intent::LocalRead,
             };
             refused = list.iter().any(|sge| {
-                sge.length > 0 && !memory.local(sge.key, sge.address, sge.length.into(), intent)
+                sge.length > 0
+                    && memory
+                        .local(sge.key, sge.address, sge.length.into(), intent)
+                        .is_none()
             });
         }
         if let Some(slot) = self.slots.get_mut(index) {

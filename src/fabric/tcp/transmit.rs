@@ -8,7 +8,10 @@ use std::{collections::VecDeque, io};
 use zerocopy::IntoBytes;
 
 use super::{
-    super::{Opcode, Status},
+    super::{
+        Opcode, Status,
+        mapping::{Brackets, Touch},
+    },
     lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
     memory::{Intent, MemoryView, Region},
     send::{Failure, Gather, SendQueue, pieces},
@@ -33,6 +36,8 @@ pub(super) struct Serving {
 pub(super) struct Transmitter {
     headers: Vec<Header>,
     pieces: Vec<Iov>,
+    /// The dmabufs that the pieces point into.
+    dmabufs: Brackets,
     /// The first piece that is not out.
     at: usize,
     bytes: u32,
@@ -61,6 +66,7 @@ impl Transmitter {
         Self {
             headers: Vec::with_capacity(TRAIN),
             pieces: Vec::with_capacity(PIECES),
+            dmabufs: Brackets::default(),
             at: 0,
             bytes: 0,
             serving: VecDeque::new(),
@@ -118,11 +124,15 @@ impl Transmitter {
 
     /// Whether the train under way reads from `region`.
     pub(super) fn touches(&self, region: &Region) -> bool {
-        let end = region.address.saturating_add(region.length);
-        self.pieces.iter().skip(self.at.max(1)).any(|piece| {
-            let first = piece.address as u64;
-            first < end && first.saturating_add(piece.length as u64) > region.address
-        })
+        let mut rest = self.pieces.iter().skip(self.at.max(1));
+        rest.any(|piece| region.holds(piece.address as u64, piece.length as u64))
+    }
+
+    /// Nothing of the train under way goes out any more, so it holds no memory either.
+    pub(super) fn abandon(&mut self) {
+        self.pieces.clear();
+        self.dmabufs.clear();
+        self.at = 0;
     }
 
     fn has_room(&self) -> bool {
@@ -138,6 +148,7 @@ impl Transmitter {
     ) -> Result<bool, Fault> {
         self.headers.clear();
         self.pieces.clear();
+        self.dmabufs.clear();
         self.at = 0;
         self.bytes = 0;
         // The headers' own piece; filled in when they are complete.
@@ -195,14 +206,15 @@ impl Transmitter {
             let Some(serving) = self.serving.front_mut() else {
                 return Ok(());
             };
-            let allowed = serving.remaining == 0
-                || memory.remote(
-                    serving.key,
-                    serving.address,
-                    serving.remaining.into(),
-                    Intent::RemoteRead,
-                );
-            if !allowed {
+            // A read of nothing touches no memory and needs no key.
+            let empty = serving.remaining == 0;
+            let found = memory.remote(
+                serving.key,
+                serving.address,
+                serving.remaining.into(),
+                Intent::RemoteRead,
+            );
+            if found.is_none() && !empty {
                 let sequence = serving.sequence;
                 if self.refusal.is_some() {
                     self.serving.clear();
@@ -224,9 +236,10 @@ impl Transmitter {
             header.length = length.into();
             header.remaining = serving.remaining.into();
             self.headers.push(header);
-            if length > 0 {
+            if let Some(found) = found.filter(|_| length > 0) {
+                self.dmabufs.add(found.mapping);
                 self.pieces.push(Iov {
-                    address: serving.address as usize,
+                    address: found.host as usize,
                     length: length as usize,
                 });
                 self.bytes += length;
@@ -327,12 +340,14 @@ impl Transmitter {
                     return false;
                 }
                 // Once more, because the registration may have ended since the post.
-                if !memory.local(sge.key, address, length.into(), Intent::LocalRead) {
+                let found = memory.local(sge.key, address, length.into(), Intent::LocalRead);
+                let Some(found) = found else {
                     refused = true;
                     return false;
-                }
+                };
+                self.dmabufs.add(found.mapping);
                 self.pieces.push(Iov {
-                    address: address as usize,
+                    address: found.host as usize,
                     length: length as usize,
                 });
                 true
@@ -387,7 +402,11 @@ impl Lane {
                 }
             }
             let waiting = transmitter.pieces.get(transmitter.at..).unwrap_or_default();
-            match sys::send_vectored(fd, waiting) {
+            let sent = transmitter
+                .dmabufs
+                .around(Touch::Read, || sys::send_vectored(fd, waiting))
+                .map_err(|error| Fault::Fail(Failure::of_memory(&error)))?;
+            match sent {
                 Ok(n) => transmitter.advance(n),
                 Err(error) => match (error.kind(), error.raw_os_error()) {
                     (io::ErrorKind::WouldBlock, _) => self.writable = false,

@@ -20,8 +20,8 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 
 use crate::fabric::{
-    Access, Capabilities, Context, Device, DeviceInfo, FabricError, FabricErrorKind, FabricKind,
-    LinkState, LocalKey, MemoryKeys, MrId, RemoteKey,
+    Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind,
+    FabricKind, LinkState, LocalKey, MemoryKeys, MrId, RemoteKey, mapping::page_size,
 };
 
 use super::{
@@ -29,7 +29,7 @@ use super::{
     config::VerbsConfig,
     context::VerbsContext,
     error::Place,
-    facts::{DeviceCaps, DeviceFacts, LibraryFacts, PortFacts, Transport},
+    facts::{DeviceCaps, DeviceFacts, DmabufSupport, LibraryFacts, PortFacts, Transport},
     gid::{Gid, GidEntry, GidType, choose_gid},
     inventory::{self, library, read_device, read_port},
     link::{LinkLayer, Mtu, PortState},
@@ -64,6 +64,7 @@ pub struct VerbsDevice {
     place: Place,
     config: VerbsConfig,
     limits: DeviceCaps,
+    dmabuf: DmabufSupport,
     port: RwLock<PortNow>,
     regions: Mutex<HashMap<u64, MemoryRegion>>,
     next_region: AtomicU64,
@@ -220,6 +221,8 @@ impl VerbsDevice {
             max_mr: limits.max_mr_size,
             mtu: now.active_mtu.bytes(),
             read: limits.max_qp_rd_atom > 0 && limits.max_qp_init_rd_atom > 0,
+            dmabuf: facts.dmabuf == DmabufSupport::Supported,
+            relaxed_ordering: facts.relaxed_ordering.is_ok(),
         };
         let info = DeviceInfo {
             kind: FabricKind::Verbs,
@@ -232,6 +235,7 @@ impl VerbsDevice {
             },
             link: LinkState::Active,
             bits_per_second: port.bits_per_second,
+            pci: facts.pci.as_ref().and_then(|pci| pci.parse().ok()),
             caps,
         };
         tracing::info!(device = %info.name, port = number, address = %info.address, mtu = info.caps.mtu, "rail opened");
@@ -240,6 +244,7 @@ impl VerbsDevice {
             place,
             config: config.clone(),
             limits,
+            dmabuf: facts.dmabuf,
             port: RwLock::new(now),
             regions: Mutex::default(),
             next_region: AtomicU64::new(1),
@@ -342,6 +347,23 @@ impl VerbsDevice {
         }
     }
 
+    /// Takes a region over and tells its keys.
+    ///
+    /// # Safety
+    ///
+    /// It is live and nobody else's.
+    unsafe fn keep(&self, region: *mut sys::ibv_mr) -> MemoryKeys {
+        // SAFETY: the region is live; the library filled in its keys when it made it.
+        let (lkey, rkey) = unsafe { ((*region).lkey, (*region).rkey) };
+        let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
+        self.regions.lock().insert(mr, MemoryRegion(region));
+        MemoryKeys {
+            mr: MrId(mr),
+            local: LocalKey(lkey),
+            remote: RemoteKey(rkey),
+        }
+    }
+
     /// Ends a registration; the key is gone even if the device is.
     pub(super) fn deregister(&self, mr: MrId) -> Result<(), FabricError> {
         let mut regions = self.regions.lock();
@@ -428,15 +450,48 @@ impl Device for VerbsDevice {
             )
         }
         .map_err(|errno| self.place.os(CALL, errno.code()))?;
-        // SAFETY: the region was just made; the library fills in its keys before it returns.
-        let (lkey, rkey) = unsafe { ((*region).lkey, (*region).rkey) };
-        let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
-        self.regions.lock().insert(mr, MemoryRegion(region));
-        Ok(MemoryKeys {
-            mr: MrId(mr),
-            local: LocalKey(lkey),
-            remote: RemoteKey(rkey),
-        })
+        // SAFETY: made just above.
+        Ok(unsafe { self.keep(region) })
+    }
+
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        const CALL: &str = "ibv_reg_dmabuf_mr";
+        let (offset, length, address) = (range.offset, range.length, range.address);
+        match self.dmabuf {
+            DmabufSupport::Supported => {}
+            DmabufSupport::NoSymbol => return Err(self.place.os(CALL, libc::ENOSYS)),
+            DmabufSupport::Unsupported(errno) => return Err(self.place.os(CALL, errno)),
+        }
+        self.place
+            .limit(CALL, "length", length, self.limits.max_mr_size)?;
+        let bad = |what: &str| {
+            let what = format!("{what} (offset {offset}, {address:#x}..+{length})");
+            Err(self.place.error(CALL, FabricErrorKind::Memory(what)))
+        };
+        if length == 0 {
+            return bad("empty range");
+        }
+        if address.checked_add(length).is_none() || offset.checked_add(length).is_none() {
+            return bad("range outside of the address space");
+        }
+        if offset % page_size() != address % page_size() {
+            return bad("offset and address differ in their place within a page");
+        }
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&range.fd);
+        // SAFETY: the domain is live and the descriptor open; the caller vouches for what is behind it.
+        let region = unsafe {
+            let (pd, flags) = (self.domain.raw(), access_flags(access));
+            let length = length as usize;
+            self.lib()
+                .reg_dmabuf_mr(pd, offset, length, address, fd, flags)
+        }
+        .map_err(|errno| self.place.os(CALL, errno.code()))?;
+        // SAFETY: made just above.
+        Ok(unsafe { self.keep(region) })
     }
 
     fn open_context(
@@ -490,6 +545,10 @@ fn access_flags(access: Access) -> u32 {
     }
     if access.remote_read {
         flags |= sys::IBV_ACCESS_REMOTE_READ;
+    }
+    if access.relaxed_ordering {
+        // In IBV_ACCESS_OPTIONAL_RANGE: a device that does not know it ignores it.
+        flags |= sys::IBV_ACCESS_RELAXED_ORDERING;
     }
     flags
 }
@@ -564,8 +623,14 @@ mod tests {
             local_write: false,
             remote_write: false,
             remote_read: true,
+            relaxed_ordering: false,
         };
         assert_eq!(access_flags(read_only), 4);
+        let relaxed = Access {
+            relaxed_ordering: true,
+            ..Access::REMOTE_WRITE
+        };
+        assert_eq!(access_flags(relaxed), 1 | 2 | 1 << 20);
     }
 
     #[test]
