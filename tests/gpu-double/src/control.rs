@@ -83,13 +83,13 @@ unsafe fn text<'a>(text: *const c_char) -> std::borrow::Cow<'a, str> {
 
 /// Forgets the thread's script and log.
 #[unsafe(no_mangle)]
-pub extern "C" fn double_reset() {
+pub(crate) extern "C" fn double_reset() {
     script(|script| *script = Script::new());
 }
 
 /// After `successes` more of them, calls of `name` fail with `code`; code 0 ends that.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn double_fail(name: *const c_char, successes: u64, code: c_int) {
+pub(crate) unsafe extern "C" fn double_fail(name: *const c_char, successes: u64, code: c_int) {
     // SAFETY: the tests pass C strings; so below.
     let name = unsafe { text(name) }.into_owned();
     script(|script| script.failures.insert(name, (successes, code)));
@@ -97,7 +97,7 @@ pub unsafe extern "C" fn double_fail(name: *const c_char, successes: u64, code: 
 
 /// Sets a number: `devices`, `version`, `lead`, `skew`, `kind`, `ordering`, …; see where they are asked for.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn double_set(name: *const c_char, value: u64) {
+pub(crate) unsafe extern "C" fn double_set(name: *const c_char, value: u64) {
     // SAFETY: see `double_fail`.
     let name = unsafe { text(name) }.into_owned();
     script(|script| script.values.insert(name, value));
@@ -105,7 +105,7 @@ pub unsafe extern "C" fn double_set(name: *const c_char, value: u64) {
 
 /// What a number is now: `device`, `contexts`, `live`, `last_error`, or one that was set.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn double_value(name: *const c_char) -> u64 {
+pub(crate) unsafe extern "C" fn double_value(name: *const c_char) -> u64 {
     // SAFETY: see `double_fail`.
     let name = unsafe { text(name) };
     script(|script| match &*name {
@@ -119,7 +119,7 @@ pub unsafe extern "C" fn double_value(name: *const c_char) -> u64 {
 
 /// How often `name` was called.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn double_calls(name: *const c_char) -> u64 {
+pub(crate) unsafe extern "C" fn double_calls(name: *const c_char) -> u64 {
     // SAFETY: see `double_fail`.
     let name = unsafe { text(name) };
     script(|script| script.calls.iter().filter(|call| **call == name).count() as u64)

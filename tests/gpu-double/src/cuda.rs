@@ -42,7 +42,7 @@ fn is_handle(device: c_int) -> bool {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuInit(flags: c_uint) -> c_int {
+pub(crate) extern "C" fn cuInit(flags: c_uint) -> c_int {
     call("cuInit", || match (flags, devices()) {
         (0, 0) => NO_DEVICE,
         (0, _) => 0,
@@ -51,7 +51,7 @@ pub extern "C" fn cuInit(flags: c_uint) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> c_int {
     call("cuDriverGetVersion", || {
         // SAFETY: out pointers are the caller's, here and below.
         unsafe { *version = 12_090 };
@@ -60,7 +60,7 @@ pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> c_int {
     call("cuDeviceGetCount", || {
         // SAFETY: as above.
         unsafe { *count = devices() };
@@ -69,7 +69,7 @@ pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> c_int {
     call("cuDeviceGet", || {
         if !(0..devices()).contains(&ordinal) {
             return INVALID_DEVICE;
@@ -81,7 +81,11 @@ pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> c_in
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn cuDeviceGetName(
+    name: *mut c_char,
+    length: c_int,
+    device: c_int,
+) -> c_int {
     call("cuDeviceGetName", || {
         if !is_handle(device) {
             return INVALID_DEVICE;
@@ -93,7 +97,7 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, devic
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) -> c_int {
     call("cuDeviceTotalMem", || {
         // SAFETY: as above.
         unsafe { *bytes = 80 << 30 };
@@ -103,7 +107,7 @@ pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) 
 
 /// `dmabufs`, `options`, `ordering`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetAttribute(
+pub(crate) unsafe extern "C" fn cuDeviceGetAttribute(
     value: *mut c_int,
     attribute: c_int,
     device: c_int,
@@ -125,7 +129,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetPCIBusId(
+pub(crate) unsafe extern "C" fn cuDeviceGetPCIBusId(
     name: *mut c_char,
     length: c_int,
     device: c_int,
@@ -144,7 +148,7 @@ pub unsafe extern "C" fn cuDeviceGetPCIBusId(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(
+pub(crate) unsafe extern "C" fn cuDevicePrimaryCtxRetain(
     context: *mut *mut c_void,
     device: c_int,
 ) -> c_int {
@@ -160,7 +164,7 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
+pub(crate) extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
     call("cuDevicePrimaryCtxRelease", || match is_handle(device) {
         true => 0,
         false => INVALID_DEVICE,
@@ -168,7 +172,7 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuCtxPushCurrent_v2(context: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuCtxPushCurrent_v2(context: *mut c_void) -> c_int {
     call("cuCtxPushCurrent", || {
         script(|script| script.contexts.push(context as usize));
         0
@@ -176,7 +180,7 @@ pub extern "C" fn cuCtxPushCurrent_v2(context: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut *mut c_void) -> c_int {
+pub(crate) unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut *mut c_void) -> c_int {
     call("cuCtxPopCurrent", || {
         match script(|script| script.contexts.pop()) {
             // SAFETY: as above.
@@ -191,7 +195,7 @@ pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut *mut c_void) -> c_int 
 
 /// `kind` 0: device memory, else that number; `managed` 1: managed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuPointerGetAttribute(
+pub(crate) unsafe extern "C" fn cuPointerGetAttribute(
     data: *mut c_void,
     attribute: c_int,
     pointer: u64,
@@ -217,7 +221,7 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
 
 /// `range` other than 0: allocations look that long.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemGetAddressRange_v2(
+pub(crate) unsafe extern "C" fn cuMemGetAddressRange_v2(
     base: *mut u64,
     size: *mut usize,
     pointer: u64,
@@ -239,7 +243,7 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemAlloc_v2(pointer: *mut u64, size: usize) -> c_int {
+pub(crate) unsafe extern "C" fn cuMemAlloc_v2(pointer: *mut u64, size: usize) -> c_int {
     call_in_context("cuMemAlloc", |device| match allocate(size, device) {
         // SAFETY: as above.
         Some(address) => unsafe {
@@ -251,7 +255,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(pointer: *mut u64, size: usize) -> c_int 
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemFree_v2(pointer: u64) -> c_int {
+pub(crate) extern "C" fn cuMemFree_v2(pointer: u64) -> c_int {
     call_in_context("cuMemFree", |_| match free(pointer as usize) {
         true => 0,
         false => INVALID_VALUE,
@@ -259,7 +263,7 @@ pub extern "C" fn cuMemFree_v2(pointer: u64) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, size: usize) -> c_int {
+pub(crate) unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, size: usize) -> c_int {
     call_in_context("cuMemcpyDtoH", |_| {
         // SAFETY: the caller's ranges, here and in the three below.
         unsafe { copy(to as usize, from as usize, size) };
@@ -268,7 +272,11 @@ pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, size: usize
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, size: usize) -> c_int {
+pub(crate) unsafe extern "C" fn cuMemcpyHtoD_v2(
+    to: u64,
+    from: *const c_void,
+    size: usize,
+) -> c_int {
     call_in_context("cuMemcpyHtoD", |_| {
         // SAFETY: see above.
         unsafe { copy(to as usize, from as usize, size) };
@@ -277,7 +285,7 @@ pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, size: usi
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+pub(crate) unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     to: *mut c_void,
     from: u64,
     size: usize,
@@ -291,7 +299,7 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+pub(crate) unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     to: u64,
     from: *const c_void,
     size: usize,
@@ -318,42 +326,42 @@ fn destroy(what: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(to: *mut *mut c_void, _flags: c_uint) -> c_int {
+pub(crate) unsafe extern "C" fn cuStreamCreate(to: *mut *mut c_void, _flags: c_uint) -> c_int {
     call_in_context("cuStreamCreate", |_| make(to))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamSynchronize(_stream: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuStreamSynchronize(_stream: *mut c_void) -> c_int {
     call_in_context("cuStreamSynchronize", |_| 0)
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> c_int {
     call_in_context("cuStreamDestroy", |_| destroy(stream))
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(to: *mut *mut c_void, _flags: c_uint) -> c_int {
+pub(crate) unsafe extern "C" fn cuEventCreate(to: *mut *mut c_void, _flags: c_uint) -> c_int {
     call_in_context("cuEventCreate", |_| make(to))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventRecord(_event: *mut c_void, _stream: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuEventRecord(_event: *mut c_void, _stream: *mut c_void) -> c_int {
     call_in_context("cuEventRecord", |_| 0)
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventQuery(_event: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuEventQuery(_event: *mut c_void) -> c_int {
     call_in_context("cuEventQuery", |_| 0)
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
     call_in_context("cuEventDestroy", |_| destroy(event))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemHostRegister_v2(
+pub(crate) extern "C" fn cuMemHostRegister_v2(
     pointer: *mut c_void,
     _size: usize,
     _flags: c_uint,
@@ -365,12 +373,12 @@ pub extern "C" fn cuMemHostRegister_v2(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemHostUnregister(pointer: *mut c_void) -> c_int {
+pub(crate) extern "C" fn cuMemHostUnregister(pointer: *mut c_void) -> c_int {
     call_in_context("cuMemHostUnregister", |_| destroy(pointer))
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGetErrorName(_code: c_int, text: *mut *const c_char) -> c_int {
+pub(crate) unsafe extern "C" fn cuGetErrorName(_code: c_int, text: *mut *const c_char) -> c_int {
     // SAFETY: as above.
     unsafe { *text = c"CUDA_ERROR_OF_THE_DOUBLE".as_ptr() };
     0
@@ -379,7 +387,7 @@ pub unsafe extern "C" fn cuGetErrorName(_code: c_int, text: *mut *const c_char) 
 /// Exports whole host pages that begin where an allocation's do.
 #[cfg(not(feature = "old"))]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemGetHandleForAddressRange(
+pub(crate) unsafe extern "C" fn cuMemGetHandleForAddressRange(
     handle: *mut c_void,
     pointer: u64,
     size: usize,
@@ -406,7 +414,7 @@ pub unsafe extern "C" fn cuMemGetHandleForAddressRange(
 
 #[cfg(not(feature = "old"))]
 #[unsafe(no_mangle)]
-pub extern "C" fn cuFlushGPUDirectRDMAWrites(target: c_int, scope: c_int) -> c_int {
+pub(crate) extern "C" fn cuFlushGPUDirectRDMAWrites(target: c_int, scope: c_int) -> c_int {
     call_in_context("cuFlushGPUDirectRDMAWrites", |_| match (target, scope) {
         (0, 100) => 0,
         _ => INVALID_VALUE,

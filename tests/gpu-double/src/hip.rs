@@ -34,7 +34,7 @@ fn exists(device: c_int) -> bool {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipRuntimeGetVersion(version: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn hipRuntimeGetVersion(version: *mut c_int) -> c_int {
     call("hipRuntimeGetVersion", || {
         // SAFETY: out pointers are the caller's, here and below.
         unsafe { *version = script(|script| script.value("version", 60_443_484)) as c_int };
@@ -43,7 +43,7 @@ pub unsafe extern "C" fn hipRuntimeGetVersion(version: *mut c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipGetDeviceCount(count: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn hipGetDeviceCount(count: *mut c_int) -> c_int {
     call("hipGetDeviceCount", || {
         // SAFETY: as above.
         unsafe { *count = script(|script| script.value("devices", 2)) as c_int };
@@ -52,7 +52,7 @@ pub unsafe extern "C" fn hipGetDeviceCount(count: *mut c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipGetDevice(device: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn hipGetDevice(device: *mut c_int) -> c_int {
     call("hipGetDevice", || {
         // SAFETY: as above.
         unsafe { *device = script(|script| script.device) };
@@ -61,7 +61,7 @@ pub unsafe extern "C" fn hipGetDevice(device: *mut c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipSetDevice(device: c_int) -> c_int {
+pub(crate) extern "C" fn hipSetDevice(device: c_int) -> c_int {
     call("hipSetDevice", || {
         if !exists(device) {
             return INVALID_DEVICE;
@@ -73,7 +73,7 @@ pub extern "C" fn hipSetDevice(device: c_int) -> c_int {
 
 /// Knows one attribute, the register of the HDP; `hdp` 0 is a device without.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipDeviceGetAttribute(
+pub(crate) unsafe extern "C" fn hipDeviceGetAttribute(
     value: *mut c_int,
     attribute: c_int,
     device: c_int,
@@ -96,12 +96,12 @@ pub unsafe extern "C" fn hipDeviceGetAttribute(
 
 /// What was last written to the HDP register; reading it sets it back.
 #[unsafe(no_mangle)]
-pub extern "C" fn double_hdp() -> u64 {
+pub(crate) extern "C" fn double_hdp() -> u64 {
     HDP.swap(0, std::sync::atomic::Ordering::SeqCst).into()
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipDeviceGetName(
+pub(crate) unsafe extern "C" fn hipDeviceGetName(
     name: *mut c_char,
     length: c_int,
     device: c_int,
@@ -114,7 +114,7 @@ pub unsafe extern "C" fn hipDeviceGetName(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipDeviceTotalMem(bytes: *mut usize, _device: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn hipDeviceTotalMem(bytes: *mut usize, _device: c_int) -> c_int {
     call("hipDeviceTotalMem", || {
         // SAFETY: as above.
         unsafe { *bytes = 192 << 30 };
@@ -123,7 +123,7 @@ pub unsafe extern "C" fn hipDeviceTotalMem(bytes: *mut usize, _device: c_int) ->
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipDeviceGetPCIBusId(
+pub(crate) unsafe extern "C" fn hipDeviceGetPCIBusId(
     name: *mut c_char,
     length: c_int,
     device: c_int,
@@ -136,7 +136,7 @@ pub unsafe extern "C" fn hipDeviceGetPCIBusId(
 }
 
 #[repr(C)]
-pub struct PointerAttribute {
+pub(crate) struct PointerAttribute {
     kind: c_int,
     device: c_int,
     device_pointer: *mut c_void,
@@ -147,7 +147,7 @@ pub struct PointerAttribute {
 
 /// `kind` 0: device memory, numbered as the version does; else that number. `managed` 1: managed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipPointerGetAttributes(
+pub(crate) unsafe extern "C" fn hipPointerGetAttributes(
     attributes: *mut PointerAttribute,
     pointer: *const c_void,
 ) -> c_int {
@@ -184,7 +184,7 @@ pub unsafe extern "C" fn hipPointerGetAttributes(
 
 /// `range` other than 0: allocations look that long.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipMemGetAddressRange(
+pub(crate) unsafe extern "C" fn hipMemGetAddressRange(
     base: *mut *mut c_void,
     size: *mut usize,
     pointer: *mut c_void,
@@ -206,7 +206,7 @@ pub unsafe extern "C" fn hipMemGetAddressRange(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipMalloc(pointer: *mut *mut c_void, size: usize) -> c_int {
+pub(crate) unsafe extern "C" fn hipMalloc(pointer: *mut *mut c_void, size: usize) -> c_int {
     call("hipMalloc", || {
         let device = script(|script| script.device);
         match allocate(size, device) {
@@ -219,7 +219,7 @@ pub unsafe extern "C" fn hipMalloc(pointer: *mut *mut c_void, size: usize) -> c_
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipFree(pointer: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipFree(pointer: *mut c_void) -> c_int {
     call("hipFree", || {
         if free(pointer as usize) {
             0
@@ -230,7 +230,7 @@ pub extern "C" fn hipFree(pointer: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipMemcpy(
+pub(crate) unsafe extern "C" fn hipMemcpy(
     to: *mut c_void,
     from: *const c_void,
     size: usize,
@@ -244,7 +244,7 @@ pub unsafe extern "C" fn hipMemcpy(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipMemcpyAsync(
+pub(crate) unsafe extern "C" fn hipMemcpyAsync(
     to: *mut c_void,
     from: *const c_void,
     size: usize,
@@ -276,42 +276,52 @@ fn destroy(what: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipStreamCreateWithFlags(to: *mut *mut c_void, _flags: c_uint) -> c_int {
+pub(crate) unsafe extern "C" fn hipStreamCreateWithFlags(
+    to: *mut *mut c_void,
+    _flags: c_uint,
+) -> c_int {
     call("hipStreamCreateWithFlags", || make(to))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipStreamSynchronize(_stream: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipStreamSynchronize(_stream: *mut c_void) -> c_int {
     call("hipStreamSynchronize", || 0)
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipStreamDestroy(stream: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipStreamDestroy(stream: *mut c_void) -> c_int {
     call("hipStreamDestroy", || destroy(stream))
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipEventCreateWithFlags(to: *mut *mut c_void, _flags: c_uint) -> c_int {
+pub(crate) unsafe extern "C" fn hipEventCreateWithFlags(
+    to: *mut *mut c_void,
+    _flags: c_uint,
+) -> c_int {
     call("hipEventCreateWithFlags", || make(to))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipEventRecord(_event: *mut c_void, _stream: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipEventRecord(_event: *mut c_void, _stream: *mut c_void) -> c_int {
     call("hipEventRecord", || 0)
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipEventQuery(_event: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipEventQuery(_event: *mut c_void) -> c_int {
     call("hipEventQuery", || 0)
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipEventDestroy(event: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipEventDestroy(event: *mut c_void) -> c_int {
     call("hipEventDestroy", || destroy(event))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipHostRegister(pointer: *mut c_void, _size: usize, _flags: c_uint) -> c_int {
+pub(crate) extern "C" fn hipHostRegister(
+    pointer: *mut c_void,
+    _size: usize,
+    _flags: c_uint,
+) -> c_int {
     call("hipHostRegister", || {
         script(|script| script.live.insert(pointer as usize));
         0
@@ -319,24 +329,24 @@ pub extern "C" fn hipHostRegister(pointer: *mut c_void, _size: usize, _flags: c_
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipHostUnregister(pointer: *mut c_void) -> c_int {
+pub(crate) extern "C" fn hipHostUnregister(pointer: *mut c_void) -> c_int {
     call("hipHostUnregister", || destroy(pointer))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipGetErrorName(_code: c_int) -> *const c_char {
+pub(crate) extern "C" fn hipGetErrorName(_code: c_int) -> *const c_char {
     c"hipErrorOfTheDouble".as_ptr()
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipGetLastError() -> c_int {
+pub(crate) extern "C" fn hipGetLastError() -> c_int {
     script(|script| std::mem::take(&mut script.last_error))
 }
 
 /// Exports whole objects only, and tells no offset.
 #[cfg(not(feature = "old"))]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipMemGetHandleForAddressRange(
+pub(crate) unsafe extern "C" fn hipMemGetHandleForAddressRange(
     handle: *mut c_void,
     pointer: *mut c_void,
     size: usize,
@@ -360,7 +370,7 @@ pub unsafe extern "C" fn hipMemGetHandleForAddressRange(
 /// `flush` 0: a device that the runtime cannot flush.
 #[cfg(not(feature = "old"))]
 #[unsafe(no_mangle)]
-pub extern "C" fn hipDeviceFlushGPUDirectRDMAWrites(target: c_int, scope: c_int) -> c_int {
+pub(crate) extern "C" fn hipDeviceFlushGPUDirectRDMAWrites(target: c_int, scope: c_int) -> c_int {
     const NOT_SUPPORTED: c_int = 801;
     call("hipDeviceFlushGPUDirectRDMAWrites", || {
         match script(|script| script.value("flush", 1)) {

@@ -7,19 +7,22 @@ use crate::control::{called, script};
 use crate::memory::with_allocation;
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hsa_init() -> c_int {
+pub(crate) extern "C" fn hsa_init() -> c_int {
     called("hsa_init")
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hsa_status_string(_status: c_int, text: *mut *const c_char) -> c_int {
+pub(crate) unsafe extern "C" fn hsa_status_string(
+    _status: c_int,
+    text: *mut *const c_char,
+) -> c_int {
     // SAFETY: the caller's out pointer; so below.
     unsafe { *text = c"HSA_STATUS_OF_THE_DOUBLE".as_ptr() };
     0
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hsa_system_get_info(attribute: c_int, value: *mut c_void) -> c_int {
+pub(crate) unsafe extern "C" fn hsa_system_get_info(attribute: c_int, value: *mut c_void) -> c_int {
     let code = called("hsa_system_get_info");
     if code == 0 {
         let dmabufs = script(|script| script.value("hsa_dmabufs", 1));
@@ -37,7 +40,7 @@ pub unsafe extern "C" fn hsa_system_get_info(attribute: c_int, value: *mut c_voi
 /// Exports what lies within one allocation, and tells where in the file it lies.
 #[cfg(not(feature = "old"))]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hsa_amd_portable_export_dmabuf(
+pub(crate) unsafe extern "C" fn hsa_amd_portable_export_dmabuf(
     pointer: *const c_void,
     size: usize,
     dmabuf: *mut c_int,
