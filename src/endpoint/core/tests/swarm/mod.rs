@@ -40,7 +40,7 @@ fn schedule(seed: u64, coverage: &mut Coverage) -> u64 {
 #[test]
 fn a_few() {
     let only = number("KVPUSH_SWARM_SEED");
-    let seeds = only.map_or(0..60, |seed| seed..seed + 1);
+    let seeds = only.map_or(0..24, |seed| seed..seed + 1);
     let mut coverage = Coverage::default();
     for seed in seeds {
         let result = std::panic::catch_unwind(|| {
@@ -68,7 +68,7 @@ fn a_few() {
 /// Without this a seed that failed once could pass when it is tried again.
 #[test]
 fn the_same_seed_gives_the_same_run() {
-    for seed in 1000..1012 {
+    for seed in 1000..1004 {
         let one = schedule(seed, &mut Coverage::default());
         let two = schedule(seed, &mut Coverage::default());
         assert_eq!(one, two, "seed {seed}");
