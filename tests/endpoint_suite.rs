@@ -5,6 +5,8 @@
 
 #[path = "endpoint_suite/access.rs"]
 mod access;
+#[path = "endpoint_suite/drain.rs"]
+mod drain;
 #[path = "endpoint_suite/fixture.rs"]
 mod fixture;
 #[path = "endpoint_suite/inputs.rs"]
@@ -74,6 +76,9 @@ macro_rules! all_cases {
             access::an_exported_region_is_read_and_written,
             access::what_is_not_allowed_is_refused,
             vanish::a_peer_vanishes,
+            drain::a_drain_lets_pushes_finish,
+            drain::a_drain_cuts_what_does_not_finish,
+            drain::a_peer_is_disconnected,
         );
     };
 }

@@ -13,6 +13,7 @@ use super::{
     Endpoint, EndpointError, Owner, Polling,
     config::{Config, Keepalive},
     core::Core,
+    drain::DrainShared,
     driver::{self, ControlAdapter, Driver},
     rails,
     region::Region,
@@ -126,6 +127,12 @@ impl Builder {
         self
     }
 
+    /// Sessions that peers may have made with this endpoint at once; further ones are refused as busy. Default 1024.
+    pub fn max_peers(mut self, sessions: u32) -> Self {
+        self.config.max_peers = sessions;
+        self
+    }
+
     /// Time to reach a peer and open a grant there. Default 10 s.
     pub fn open_timeout(mut self, timeout: Duration) -> Self {
         self.config.open_timeout = timeout;
@@ -224,6 +231,7 @@ impl Builder {
             devices,
             tails: Arc::clone(&tails),
             closed: AtomicBool::new(false),
+            drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
@@ -264,6 +272,7 @@ fn check(config: &Config) -> Result<(), EndpointError> {
         ("parts_per_layer", config.parts_per_layer.into(), 1, 1024),
         ("tail_capacity", config.tail_capacity.into(), 0, 1 << 20),
         ("max_transfers", config.max_transfers.into(), 1, 1 << 16),
+        ("max_peers", config.max_peers.into(), 1, 4096),
     ];
     for (setting, value, least, most) in ranges {
         if !(least..=most).contains(&value) {

@@ -27,7 +27,8 @@ impl Core {
                 "this endpoint dialled itself".to_owned(),
             ))
         } else {
-            self.answer(conn, &hello)
+            self.may_join(&hello)
+                .and_then(|()| self.answer(conn, &hello))
         };
         match result {
             Ok(lanes) => {
@@ -106,6 +107,7 @@ impl Core {
         self.adopt_lanes(conn, lanes);
         if let Some(session) = self.sessions.get_mut(&conn) {
             session.phase = Phase::Ready;
+            session.incarnation = Some(hello.incarnation);
             session.slots = vec![None; usize::from(Imm::SLOTS)];
         }
         Ok(answers)

@@ -172,6 +172,7 @@ impl Core {
             return;
         }
         session.peer_name = ack.name;
+        session.incarnation = Some(ack.incarnation);
         let peer = session.name();
         let Some(address) = session.peer else { return };
         if let Some(expected) = session

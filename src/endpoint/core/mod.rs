@@ -15,6 +15,8 @@
 //! | `pump` | from queued work to posted requests |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `access` | one-sided reads and writes of exported regions |
+//! | `drain` | going away in good order |
+//! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
 //! | `timers` | what must be looked at when |
 //!
@@ -29,6 +31,8 @@ mod access;
 mod command;
 mod connect;
 mod dial;
+mod drain;
+mod limits;
 mod liveness;
 mod pump;
 mod reader;
@@ -50,6 +54,7 @@ pub(crate) use self::{
     writer::PushEntry,
 };
 use self::{
+    drain::Draining,
     pump::Scratch,
     session::{Role, Session},
     timers::Timers,
@@ -117,6 +122,8 @@ pub(crate) struct Core {
     pings: u64,
     tails: Arc<TailArena>,
     timers: Timers,
+    /// Nothing new begins.
+    draining: Option<Draining>,
     scratch: Scratch,
     completions: Vec<Completion>,
 }
@@ -160,6 +167,7 @@ impl Core {
             pings: 0,
             tails,
             timers: Timers::default(),
+            draining: None,
             scratch: Scratch::default(),
             completions: Vec::new(),
         }
@@ -189,7 +197,9 @@ impl Core {
         for event in events.drain(..) {
             self.event(event);
         }
-        active | self.run_timers()
+        active |= self.run_timers();
+        self.settle_drain();
+        active
     }
 
     /// When [`Core::step`] must be called at the latest, if nothing happens before.
@@ -207,6 +217,7 @@ impl Core {
 
     /// Ends everything: sessions are told, lanes fenced, all waiting callers answered.
     pub(crate) fn shutdown(&mut self) {
+        self.begin_cut();
         let conns: Vec<_> = self.sessions.keys().copied().collect();
         for conn in conns {
             self.end_session(
@@ -218,6 +229,7 @@ impl Core {
         self.close_arrivals();
         self.close_pushes();
         self.close_accesses();
+        self.close_drain();
     }
 
     fn command(&mut self, command: Command) {
@@ -232,8 +244,12 @@ impl Core {
                         .for_each(|region| self.deregister(region));
                 }
             }
+            Command::AddGrant(entry) if self.is_draining() => self.late_grant(*entry),
             Command::AddGrant(entry) => self.add_grant(*entry),
             Command::Revoke(id) => self.revoke(id),
+            // Their entries say so when they are dropped.
+            Command::Connect(_) | Command::Access(_) if self.is_draining() => {}
+            Command::OpenPush(entry) if self.is_draining() => Self::late_push(&entry),
             Command::Connect(entry) => self.connect(entry),
             Command::OpenPush(entry) => self.open_push(*entry),
             Command::Pages {
@@ -253,6 +269,8 @@ impl Core {
                 self.deregister(&record.region);
             }
             Command::Access(entry) => self.start_access(*entry),
+            Command::Disconnect(peer) => self.disconnect(peer),
+            Command::Drain(entry) => self.drain(entry),
         }
     }
 

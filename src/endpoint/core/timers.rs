@@ -14,6 +14,7 @@ pub(super) enum Timer {
     Connect(ConnId),
     Hello(ConnId),
     Alive(ConnId),
+    Drain,
 }
 
 /// The timers of a core.
@@ -50,6 +51,7 @@ impl Core {
                 Timer::Connect(conn) => self.connect_timer(conn),
                 Timer::Hello(conn) => self.hello_timer(conn),
                 Timer::Alive(conn) => self.alive_timer(conn),
+                Timer::Drain => self.drain_timer(),
             }
         }
         active
