@@ -3,14 +3,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64},
     },
     time::Duration,
 };
 
 use super::{
-    Endpoint, EndpointError, Owner, Polling,
+    Endpoint, EndpointError, Owner, Polling, RailChoice,
     config::{Config, Keepalive},
     core::Core,
     drain::DrainShared,
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     fabric::{Access, Device, FabricKind, verbs::VerbsConfig},
     memory::{HostMemory, Memory},
+    topology::Topology,
     wire::{Auth, Incarnation, MAX_LANES},
 };
 
@@ -36,6 +37,7 @@ const COMPLETIONS: u32 = 1 << 16;
 pub struct Builder {
     config: Config,
     devices: Vec<Arc<dyn Device>>,
+    topology: OnceLock<Topology>,
 }
 
 impl Builder {
@@ -43,6 +45,7 @@ impl Builder {
         Self {
             config: Config::default(),
             devices: Vec::new(),
+            topology: OnceLock::new(),
         }
     }
 
@@ -168,6 +171,20 @@ impl Builder {
         self
     }
 
+    /// Which rails the pages of a pool go through; [`super::PoolOptions::rails`] overrides it for one. Default
+    /// [`RailChoice::Nearest`].
+    pub fn rails(mut self, rails: RailChoice) -> Self {
+        self.config.rails = rails;
+        self
+    }
+
+    /// What this host is like, where its own `/sys` does not say, as in some containers; see
+    /// [`Topology::read`](crate::topology::Topology::read).
+    pub fn topology(mut self, topology: Topology) -> Self {
+        self.topology = OnceLock::from(topology);
+        self
+    }
+
     /// How the driver thread waits. Default [`Polling::Adaptive`] with 20 µs.
     pub fn polling(mut self, polling: Polling) -> Self {
         self.config.polling = polling;
@@ -193,6 +210,7 @@ impl Builder {
         let Self {
             mut config,
             devices: given,
+            topology,
         } = self;
         check(&config)?;
         let auth = config.auth.take().ok_or(EndpointError::NoAuth)?;
@@ -229,6 +247,7 @@ impl Builder {
             incarnation,
             addresses,
             devices,
+            topology,
             tails: Arc::clone(&tails),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),

@@ -10,6 +10,7 @@
 
 mod arrival;
 mod builder;
+mod choice;
 mod config;
 pub(crate) mod control;
 mod core;
@@ -36,6 +37,7 @@ use parking_lot::Mutex;
 pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
+    choice::RailChoice,
     config::Polling,
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
@@ -43,7 +45,7 @@ pub use self::{
         AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
     },
     export::{LocalRegion, RemoteRegion},
-    pool::{GrantOptions, Pool},
+    pool::{GrantOptions, Pool, PoolOptions},
     push::{Push, PushReport},
 };
 use self::{

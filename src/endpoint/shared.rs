@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::{
     AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushReport,
+    choice::RailDistance,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
@@ -26,6 +27,7 @@ use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::HostMemory,
+    topology::Topology,
     wire::{GrantId, Incarnation, PoolId, TailHeader},
 };
 
@@ -36,6 +38,8 @@ pub(crate) struct EndpointShared {
     pub(crate) incarnation: Incarnation,
     pub(crate) addresses: Vec<String>,
     pub(crate) devices: Vec<Arc<dyn Device>>,
+    /// This host's, read when it is needed first.
+    pub(crate) topology: OnceLock<Topology>,
     pub(crate) tails: Arc<TailArena>,
     pub(crate) closed: AtomicBool,
     pub(crate) drain: DrainShared,
@@ -76,19 +80,32 @@ pub(crate) struct PoolRecord {
     pub(crate) id: PoolId,
     pub(crate) layout: KvLayout,
     pub(crate) regions: Vec<Region>,
+    /// How far each rail is, in the endpoint's order.
+    pub(crate) rails: Vec<RailDistance>,
     /// For each page, a bit for each head (or group of heads) that a live grant has.
     reserved: Mutex<Vec<u128>>,
 }
 
 impl PoolRecord {
-    pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
+    pub(crate) fn new(
+        id: PoolId,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        rails: Vec<RailDistance>,
+    ) -> Self {
         let pages = layout.pages as usize;
         Self {
             id,
             layout,
             regions,
+            rails,
             reserved: Mutex::new(vec![0; pages]),
         }
+    }
+
+    /// Whether its pages may go through `rail`.
+    pub(crate) fn uses(&self, rail: usize) -> bool {
+        self.rails.get(rail).is_some_and(Option::is_some)
     }
 
     /// Reserves `heads` of `pages`, all or nothing. The pages are known to be in range and unique.
