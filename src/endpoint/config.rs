@@ -47,6 +47,7 @@ pub(crate) struct Config {
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
     pub(crate) keepalive: Option<Keepalive>,
+    pub(crate) metric_peers: usize,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -76,6 +77,7 @@ impl Default for Config {
                 interval: Duration::from_secs(5),
                 timeout: Duration::from_secs(15),
             }),
+            metric_peers: 256,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

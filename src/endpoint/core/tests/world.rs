@@ -384,6 +384,7 @@ impl Node {
             tails,
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
+            telemetry: core.telemetry(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
