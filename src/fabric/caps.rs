@@ -2,6 +2,8 @@
 
 use crate::{memory::PciAddress, wire::FabricKind};
 
+use super::WindowCaps;
+
 /// The state of a rail's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkState {
@@ -32,6 +34,8 @@ pub struct Capabilities {
     pub mtu: u32,
     /// Whether one-sided reads are served.
     pub read: bool,
+    /// Memory windows, if there are any.
+    pub windows: Option<WindowCaps>,
     /// Whether dmabufs can be registered. Asked once, with a bad descriptor, when the rail is opened.
     pub dmabuf: bool,
     /// Whether registrations may let the device reorder its accesses on the host's bus

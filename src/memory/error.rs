@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::dmabuf::DmabufError;
+use super::{dmabuf::DmabufError, gpu::GpuError};
 
 /// Why memory could not be had or reached.
 #[derive(Debug, thiserror::Error)]
@@ -39,11 +39,24 @@ pub enum MemoryError {
     /// A dmabuf, its exporter, or a mapping of it.
     #[error(transparent)]
     Dmabuf(#[from] DmabufError),
+    /// A GPU's runtime, or something about a GPU's memory.
+    #[error(transparent)]
+    Gpu(#[from] Box<GpuError>),
+}
+
+impl From<GpuError> for MemoryError {
+    fn from(error: GpuError) -> Self {
+        Self::Gpu(Box::new(error))
+    }
 }
 
 impl MemoryError {
     /// Whether the same call can succeed later without a change of configuration.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Dmabuf(error) if error.is_retryable())
+        match self {
+            Self::Dmabuf(error) => error.is_retryable(),
+            Self::Gpu(error) => error.is_retryable(),
+            _ => false,
+        }
     }
 }

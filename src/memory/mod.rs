@@ -7,13 +7,16 @@
 mod device;
 pub mod dmabuf;
 mod error;
+pub mod gpu;
 mod host;
 
 pub use device::{
-    BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Ticket,
+    BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Span, Ticket,
+    Visibility,
 };
 pub use dmabuf::{DmabufError, DmabufMemory};
 pub use error::MemoryError;
+pub use gpu::{CudaMemory, HipMemory};
 pub use host::{HostMemory, HugePages};
 
 /// The kind of a piece of memory, for people and for choosing how to register it.
@@ -28,6 +31,10 @@ pub enum MemoryKind {
     Memfd,
     /// Host memory that the caller owns.
     Borrowed,
+    /// Memory of the AMD GPU with this number in HIP.
+    Hip(u32),
+    /// Memory of the NVIDIA GPU with this number in CUDA.
+    Cuda(u32),
     /// A range of a dmabuf.
     Dmabuf,
 }
@@ -47,6 +54,13 @@ pub unsafe trait Memory: Send + Sync + std::fmt::Debug {
 
     /// What kind it is.
     fn kind(&self) -> MemoryKind;
+
+    /// Tells apart what has been at the same address at different times, where memory can be freed and allocated again
+    /// without this value noticing: an allocation's number in its runtime. A registration is shared only between values
+    /// of one generation.
+    fn generation(&self) -> u64 {
+        0
+    }
 
     /// What it can do beyond being addresses, if it lives on a device. Host memory has nothing.
     fn device(&self) -> Option<&dyn DeviceMemory> {

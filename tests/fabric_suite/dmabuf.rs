@@ -14,7 +14,7 @@ use std::{
 
 use kvpush::fabric::{
     Access, DmabufRange, FabricError, FabricErrorKind, FabricKind, LaneConfig, MemoryKeys, Opcode,
-    Sge, Status,
+    Sge, Status, WindowBind,
 };
 
 use crate::{
@@ -337,4 +337,51 @@ pub(crate) fn a_mapping_ends_with_its_registration(mut pair: Pair) {
     same_bytes("the file", &export.bytes(), &from.all());
     pair.b.context.deregister(again.mr).expect("deregister");
     assert_eq!(mappings(&export), 0);
+}
+
+/// A window into a dmabuf, where it may be had: it opens its range, which begins anywhere, and no more.
+pub(crate) fn windows_open_their_range(mut pair: Pair) {
+    if refused(&mut pair) {
+        return;
+    }
+    for export in exports(4) {
+        let mut expected = vec![POISON; export.size as usize];
+        export.fill(&expected);
+        let target = export.register(&mut pair.b, 100, 3 * PAGE, Access::REMOTE_WRITE);
+        let (address, keys) = target.expect("register");
+        let (lane, peer) = pair.lane(&LANE);
+        let bind = WindowBind {
+            id: 1,
+            mr: keys.mr,
+            address: address + 77,
+            length: 1000,
+            access: Access::REMOTE_WRITE,
+        };
+        let window = match pair.b.context.bind_window(peer, &bind) {
+            Ok(window) => window,
+            Err(error) => {
+                println!("{}: no window: {error}", export.what);
+                assert_eq!(pair.b.device.info().kind, FabricKind::Verbs, "{error}");
+                continue;
+            }
+        };
+        pair.b.done.clear();
+        pair.until("the binding", |pair| !pair.b.sends().is_empty());
+        let from = Memory::new(4096, 0x44);
+        let source = pair.a.register(&from, Access::LOCAL);
+        pair.a.done.clear();
+        for (id, length) in [(1, 1000), (2, 1001)] {
+            let write = request(id, Opcode::Write, bind.address, window.remote, 1);
+            pair.a
+                .post(lane, &[write], &[sge(&from, &source, 0, length)])
+                .expect("post");
+            pair.until("the write", |pair| pair.a.sends().len() as u64 == id);
+        }
+        let wanted = [(1, Status::Success), (2, Status::RemoteAccess)];
+        assert_eq!(pair.a.sends(), wanted);
+        expected[177..1177].fill(0x44);
+        same_bytes(export.what, &export.bytes(), &expected);
+        pair.b.context.destroy_lane(peer).expect("destroy");
+        pair.b.context.deregister(keys.mr).expect("deregister");
+    }
 }

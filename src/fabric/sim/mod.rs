@@ -36,6 +36,7 @@ mod responder;
 pub(crate) mod rng;
 mod stats;
 mod trace;
+mod windows;
 mod world;
 
 use std::{
@@ -133,6 +134,13 @@ impl SimNet {
         let world = self.world.lock();
         let devices = world.devices.iter().map(|d| d.name.clone()).collect();
         world.recorder.snapshot(devices)
+    }
+
+    /// How many memory windows there are on the device called `name`.
+    pub fn windows(&self, name: &str) -> u32 {
+        let world = self.world.lock();
+        let device = world.find(name).and_then(|index| world.devices.get(index));
+        device.map_or(0, |device| device.regions.windows())
     }
 
     /// A hash of all events so far: equal for equal runs.

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::{
     super::{
         Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError,
-        FabricErrorKind, FabricKind, LinkState, MemoryKeys, mapping::Mapping,
+        FabricErrorKind, FabricKind, LinkState, MemoryKeys, WindowCaps, mapping::Mapping,
     },
     context::TcpContext,
     memory::Registry,
@@ -73,6 +73,12 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_mr: isize::MAX as u64,
     mtu: 0,
     read: true,
+    windows: Some(WindowCaps {
+        max: 1 << 16,
+        per_lane: true,
+        bounded: true,
+        final_when_done: true,
+    }),
     dmabuf: true,
     relaxed_ordering: false,
 };

@@ -226,7 +226,8 @@ impl Lane {
                 Op::Write | Op::WriteImm if left > 0 => {
                     let (address, whole) = (header.address.get(), header.remaining.get());
                     let key = header.key.get();
-                    let found = memory.remote(key, address, whole.into(), Intent::RemoteWrite);
+                    let found =
+                        memory.remote(self.id, key, address, whole.into(), Intent::RemoteWrite);
                     let Some(found) = found else {
                         fault = Some(Fault::Refuse {
                             sequence: header.sequence.get(),
@@ -363,6 +364,7 @@ impl Lane {
                 let allowed = serving.remaining == 0
                     || memory
                         .remote(
+                            self.id,
                             serving.key,
                             serving.address,
                             serving.remaining.into(),

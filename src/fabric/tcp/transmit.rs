@@ -9,7 +9,7 @@ use zerocopy::IntoBytes;
 
 use super::{
     super::{
-        Opcode, Status,
+        LaneId, Opcode, Status,
         mapping::{Brackets, Touch},
     },
     lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
@@ -145,6 +145,7 @@ impl Transmitter {
         send: &mut SendQueue,
         receives: &mut ReceiveQueue,
         memory: &mut MemoryView,
+        lane: LaneId,
     ) -> Result<bool, Fault> {
         self.headers.clear();
         self.pieces.clear();
@@ -157,7 +158,7 @@ impl Transmitter {
             length: 0,
         });
         let requests_wait = self.refusal.is_none() && send.next().is_some() && !self.stalled;
-        self.add_responses(memory, requests_wait)?;
+        self.add_responses(memory, lane, requests_wait)?;
         if self.refusal.is_none() {
             self.add_requests(send, memory)?;
         } else if let Some((sequence, why)) = self.refusal
@@ -200,7 +201,12 @@ impl Transmitter {
     }
 
     /// Adds segments of read responses; only half a train if requests wait too.
-    fn add_responses(&mut self, memory: &mut MemoryView, share: bool) -> Result<(), Fault> {
+    fn add_responses(
+        &mut self,
+        memory: &mut MemoryView,
+        lane: LaneId,
+        share: bool,
+    ) -> Result<(), Fault> {
         let limit = if share { TRAIN_BYTES / 2 } else { TRAIN_BYTES };
         while self.has_room() && self.bytes < limit {
             let Some(serving) = self.serving.front_mut() else {
@@ -209,6 +215,7 @@ impl Transmitter {
             // A read of nothing touches no memory and needs no key.
             let empty = serving.remaining == 0;
             let found = memory.remote(
+                lane,
                 serving.key,
                 serving.address,
                 serving.remaining.into(),
@@ -397,7 +404,7 @@ impl Lane {
                     break;
                 }
                 built += 1;
-                if !transmitter.build(&mut self.send, &mut self.receives, memory)? {
+                if !transmitter.build(&mut self.send, &mut self.receives, memory, self.id)? {
                     break;
                 }
             }

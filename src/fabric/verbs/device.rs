@@ -21,7 +21,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::fabric::{
     Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind,
-    FabricKind, LinkState, LocalKey, MemoryKeys, MrId, RemoteKey, mapping::page_size,
+    FabricKind, LinkState, LocalKey, MemoryKeys, MrId, RemoteKey, WindowBind, mapping::page_size,
 };
 
 use super::{
@@ -35,13 +35,18 @@ use super::{
     link::{LinkLayer, Mtu, PortState},
     objects::{Opened, ProtectionDomain},
     sys::{self, Zeroable as _},
+    windows,
 };
 
 /// Reads a queue pair may have under way; more gains nothing and costs responder resources.
 const MOST_READS: u32 = 16;
 
 /// A registered memory region.
-struct MemoryRegion(*mut sys::ibv_mr);
+struct MemoryRegion {
+    raw: *mut sys::ibv_mr,
+    /// Where it is, if there may be windows into it.
+    windows: Option<(u64, u64, Access)>,
+}
 
 // SAFETY: libibverbs objects may be used by any thread.
 unsafe impl Send for MemoryRegion {}
@@ -221,6 +226,7 @@ impl VerbsDevice {
             max_mr: limits.max_mr_size,
             mtu: now.active_mtu.bytes(),
             read: limits.max_qp_rd_atom > 0 && limits.max_qp_init_rd_atom > 0,
+            windows: windows::probe(&domain, &limits),
             dmabuf: facts.dmabuf == DmabufSupport::Supported,
             relaxed_ordering: facts.relaxed_ordering.is_ok(),
         };
@@ -347,16 +353,21 @@ impl VerbsDevice {
         }
     }
 
-    /// Takes a region over and tells its keys.
+    /// Takes a region over and tells its keys. `windows` says where it is, if there may be windows into it.
     ///
     /// # Safety
     ///
     /// It is live and nobody else's.
-    unsafe fn keep(&self, region: *mut sys::ibv_mr) -> MemoryKeys {
+    unsafe fn keep(
+        &self,
+        raw: *mut sys::ibv_mr,
+        windows: Option<(u64, u64, Access)>,
+    ) -> MemoryKeys {
         // SAFETY: the region is live; the library filled in its keys when it made it.
-        let (lkey, rkey) = unsafe { ((*region).lkey, (*region).rkey) };
+        let (lkey, rkey) = unsafe { ((*raw).lkey, (*raw).rkey) };
         let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
-        self.regions.lock().insert(mr, MemoryRegion(region));
+        let region = MemoryRegion { raw, windows };
+        self.regions.lock().insert(mr, region);
         MemoryKeys {
             mr: MrId(mr),
             local: LocalKey(lkey),
@@ -374,13 +385,43 @@ impl VerbsDevice {
                 .error("ibv_dereg_mr", FabricErrorKind::Memory(what)));
         };
         // SAFETY: regions in the table are live.
-        match unsafe { self.lib().dereg_mr(region.0) } {
+        match unsafe { self.lib().dereg_mr(region.raw) } {
             Ok(()) => {
                 regions.remove(&mr.0);
                 Ok(())
             }
             Err(errno) => Err(self.place.os("ibv_dereg_mr", errno.code())),
         }
+    }
+
+    /// Hands the registration that `bind` is about to `bound`, if a window may be made as it says.
+    pub(super) fn with_region<T>(
+        &self,
+        bind: &WindowBind,
+        bound: impl FnOnce(*mut sys::ibv_mr) -> Result<T, FabricError>,
+    ) -> Result<T, FabricError> {
+        let refuse = |what: &str| {
+            let kind = FabricErrorKind::Memory(what.to_owned());
+            Err(self.place.error("bind_window", kind))
+        };
+        let regions = self.regions.lock();
+        let Some(region) = regions.get(&bind.mr.0) else {
+            return refuse("no such registration");
+        };
+        let Some((address, length, access)) = region.windows else {
+            return refuse("the registration allows no windows");
+        };
+        if (bind.access.remote_write && !access.remote_write)
+            || (bind.access.remote_read && !access.remote_read)
+        {
+            return refuse("a right that the registration has not");
+        }
+        let offset = bind.address.checked_sub(address);
+        let end = offset.and_then(|offset| offset.checked_add(bind.length));
+        if bind.length == 0 || end.is_none_or(|end| end > length) {
+            return refuse("a range outside of the registration");
+        }
+        bound(region.raw)
     }
 
     /// Called by the context when it goes.
@@ -439,19 +480,31 @@ impl Device for VerbsDevice {
         if address == 0 || address.checked_add(length).is_none() {
             return Err(bad("range outside of the address space"));
         }
-        // SAFETY: the domain is live; the caller vouches for the range for as long as the region lives.
-        let region = unsafe {
-            self.lib().reg_mr(
-                self.domain.raw(),
-                address as *mut std::ffi::c_void,
-                length as usize,
-                address,
-                access_flags(access),
-            )
-        }
-        .map_err(|errno| self.place.os(CALL, errno.code()))?;
+        let flags = access_flags(access);
+        let register = |flags| {
+            // SAFETY: the domain is live; the caller vouches for the range for as long as the region lives.
+            unsafe {
+                self.lib().reg_mr(
+                    self.domain.raw(),
+                    address as *mut std::ffi::c_void,
+                    length as usize,
+                    address,
+                    flags,
+                )
+            }
+        };
+        let wanted =
+            self.info.caps.windows.is_some() && (access.remote_write || access.remote_read);
+        let with_windows = wanted
+            .then(|| register(flags | sys::IBV_ACCESS_MW_BIND).ok())
+            .flatten();
+        let windows = with_windows.map(|_| (address, length, access));
+        let region = match with_windows {
+            Some(region) => region,
+            None => register(flags).map_err(|errno| self.place.os(CALL, errno.code()))?,
+        };
         // SAFETY: made just above.
-        Ok(unsafe { self.keep(region) })
+        Ok(unsafe { self.keep(region, windows) })
     }
 
     unsafe fn register_dmabuf(
@@ -491,7 +544,7 @@ impl Device for VerbsDevice {
         }
         .map_err(|errno| self.place.os(CALL, errno.code()))?;
         // SAFETY: made just above.
-        Ok(unsafe { self.keep(region) })
+        Ok(unsafe { self.keep(region, None) })
     }
 
     fn open_context(
@@ -518,7 +571,7 @@ impl Drop for VerbsDevice {
     fn drop(&mut self) {
         for (_, region) in self.regions.get_mut().drain() {
             // SAFETY: regions in the table are live, and all contexts, hence all queue pairs, are gone.
-            if let Err(errno) = unsafe { self.domain.opened().lib().dereg_mr(region.0) } {
+            if let Err(errno) = unsafe { self.domain.opened().lib().dereg_mr(region.raw) } {
                 tracing::warn!(device = %self.info.name, %errno, "ibv_dereg_mr");
             }
         }
