@@ -8,5 +8,6 @@ mod limits;
 mod liveness;
 mod schedules;
 mod swarm;
+mod telemetry;
 mod unfenced;
 mod world;

@@ -10,7 +10,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     endpoint::{
-        Pool,
+        Pool, PoolOptions,
         config::Config,
         control::{CloseReason, ConnId},
         drain::DrainShared,
@@ -444,6 +444,7 @@ impl Node {
             Arc::clone(&tails),
         );
         let shared = Arc::new(EndpointShared {
+            topology: OnceLock::new(),
             config,
             incarnation,
             addresses: vec![format!("node-{index}:7700")],
@@ -452,6 +453,7 @@ impl Node {
             registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
+            telemetry: core.telemetry(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
@@ -491,7 +493,9 @@ impl Node {
             .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
             .collect();
         (
-            self.shared.register_pool(layout.clone(), shared).unwrap(),
+            self.shared
+                .register_pool(layout.clone(), shared, PoolOptions::default())
+                .unwrap(),
             memory,
         )
     }
