@@ -7,6 +7,7 @@ mod apt;
 mod artifacts;
 mod audit;
 mod checks;
+mod fuzz;
 mod guest;
 mod mutants;
 mod oracle;
@@ -30,6 +31,7 @@ COMMANDS
     ci        What the CI runs: fmt, clippy, docs, audit, oracle, then `test`
     rxe       Run the RDMA tests, kvpush-bench, perftest or your own command over soft-RoCE in QEMU guests
     sim       Thousands of schedules of whole endpoints in simulated time, under faults
+    fuzz      Run the fuzz targets from their seeds: every decoder, with libFuzzer and the address sanitizer
     mutants   Break the code of an invariant on purpose, one mutation at a time, and see a test notice
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
     oracle    Compare our hand-made verbs definitions with the ones bindgen makes from the system's headers
@@ -63,6 +65,7 @@ fn dispatch(args: &[String]) -> Result<()> {
         "ci" => checks::ci(rest),
         "rxe" => rxe::main(rest),
         "sim" => sim::main(rest),
+        "fuzz" => fuzz::main(rest),
         "mutants" => mutants::main(rest),
         "audit" => audit::main(rest),
         "oracle" => oracle::main(rest),
