@@ -18,18 +18,23 @@ const HELP: &str = "\
 cargo xtask gpu-libs: the GPU bindings against real libraries and headers
 
 USAGE
-    cargo xtask gpu-libs
+    cargo xtask gpu-libs [--hip-sys]
 
 Downloads Debian's libamdhip64 and libhsa-runtime64 with what they need, and their headers (about 60 MB, once), unpacks
 them below target/gpu-libs, and
   - lets the C compiler compare every signature, structure and constant of ours with the headers;
   - opens the libraries, resolves every function, and takes the way without a device.
 CUDA's cuda.h is compared if it is in KVPUSH_CUDA_INCLUDE, /usr/local/cuda/include or /usr/include.
+
+OPTIONS
+    --hip-sys     Also compare with the bindings of the crate hip-sys (tests/hip-sys-check), which links the libraries
 ";
 
 /// What is wanted. The headers' own dependencies are compilers, so they are taken without.
 const LIBRARIES: &[&str] = &["libamdhip64-5", "libhsa-runtime64-1"];
 const HEADERS: &[&str] = &["libamdhip64-dev", "libhsa-runtime-dev"];
+/// Where Debian puts libraries.
+const LIBRARY_FOLDER: &str = "usr/lib/x86_64-linux-gnu";
 /// Changes when what is unpacked does.
 const COMPLETE: &str = "complete-1";
 
@@ -37,11 +42,15 @@ const COMPLETE: &str = "complete-1";
 pub(crate) fn main(args: &[String]) -> Result<()> {
     match args {
         [] => gpu_libs(),
+        [hip_sys] if hip_sys == "--hip-sys" => {
+            gpu_libs()?;
+            hip_sys_check()
+        }
         [help] if help == "--help" || help == "-h" => {
             print!("{HELP}");
             Ok(())
         }
-        _ => bail!("`cargo xtask gpu-libs` takes no arguments"),
+        _ => bail!("unknown arguments; see `cargo xtask gpu-libs --help`"),
     }
 }
 
@@ -54,7 +63,7 @@ pub(crate) fn gpu_libs() -> Result<()> {
         return Ok(());
     }
     let root = unpacked()?;
-    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    let libraries = root.join(LIBRARY_FOLDER);
     let include = root.join("usr/include");
 
     let mut command = process::cargo();
@@ -93,6 +102,24 @@ pub(crate) fn gpu_libs() -> Result<()> {
             "--nocapture",
         ])
         .env("KVPUSH_TEST_ROCM", &libraries)
+        .env("LD_LIBRARY_PATH", search_path(&libraries));
+    process::run(&mut command)
+}
+
+/// The check against `hip-sys`, built with what has been unpacked.
+fn hip_sys_check() -> Result<()> {
+    let root = unpacked()?;
+    let libraries = root.join(LIBRARY_FOLDER);
+    let target = workspace::cache("hip-sys-check")?;
+    let mut command = process::cargo();
+    command
+        .args(["test", "--features", "hip-sys", "--manifest-path"])
+        .arg(workspace::root().join("tests/hip-sys-check/Cargo.toml"))
+        .arg("--target-dir")
+        .arg(target)
+        .env("HIP_PATH", root.join("usr"))
+        // Its build looks in HIP_PATH/lib only, and Debian's library is a folder deeper.
+        .env("RUSTFLAGS", format!("-L native={}", libraries.display()))
         .env("LD_LIBRARY_PATH", search_path(&libraries));
     process::run(&mut command)
 }
