@@ -168,6 +168,13 @@ impl Builder {
         self
     }
 
+    /// Most peers that metrics and [`Endpoint::stats`] tell apart by name; further ones are counted together as `others`.
+    /// 0 counts all together. Default 256.
+    pub fn metric_peers(mut self, peers: usize) -> Self {
+        self.config.metric_peers = peers;
+        self
+    }
+
     /// The ways by which rails may reach a device's memory, best first; by default plain, dmabuf, peer memory, staged. A
     /// path that is not in the list is not tried. Host memory is always registered plainly.
     pub fn memory_paths(mut self, paths: impl IntoIterator<Item = MemoryPath>) -> Self {
@@ -263,25 +270,32 @@ impl Builder {
         };
         let (commands, inbox) = crossbeam::channel::unbounded();
         let config = Arc::new(config);
+        let (control, events) = driver::start_control(listener, auth, wake.clone())
+            .map_err(io("control thread for"))?;
+        let control = Box::new(ControlAdapter(control));
+        let core = Core::new(
+            Arc::clone(&config),
+            incarnation,
+            contexts,
+            control,
+            Arc::clone(&tails),
+        );
         let shared = Arc::new(EndpointShared {
             config: Arc::clone(&config),
             incarnation,
             addresses,
             devices,
-            tails: Arc::clone(&tails),
+            tails,
             registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
+            telemetry: core.telemetry(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
             commands,
             wake: wake.clone(),
         });
-        let (control, events) = driver::start_control(listener, auth, wake.clone())
-            .map_err(io("control thread for"))?;
-        let control = Box::new(ControlAdapter(control));
-        let core = Core::new(Arc::clone(&config), incarnation, contexts, control, tails);
         let driver = Driver::new(core, inbox, events, wake, config.polling);
         let closed = Arc::clone(&shared);
         let driver = driver.start(move || closed.closed.load(std::sync::atomic::Ordering::Acquire));

@@ -23,6 +23,7 @@ mod rails;
 mod regions;
 mod shared;
 mod signal;
+pub mod telemetry;
 mod wake;
 
 use std::{
@@ -47,6 +48,7 @@ pub use self::{
     pool::{GrantOptions, Pool, PoolInUse},
     push::{Push, PushReport},
     regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths},
+    telemetry::{Event, EventKind, FlightRecord, Levels, Outcomes, PeerStats, RailStats, Stats},
 };
 use self::{
     core::{Command, ConnectEntry},
@@ -143,6 +145,17 @@ impl Endpoint {
         } else {
             Err(PeerError::Closed)
         }
+    }
+
+    /// What exists and what has happened so far, without a metrics recorder. Waits for nobody; the last word after the
+    /// endpoint has been shut down, too.
+    pub fn stats(&self) -> Stats {
+        self.shared().telemetry.stats()
+    }
+
+    /// The last changes of state of sessions, pushes and arrivals, at most 1024.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.shared().telemetry.recorder.snapshot()
     }
 
     /// Ends all sessions with `peer`, dialled and accepted: its lanes are fenced, and what ran over them ends with

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -21,6 +21,7 @@ use super::{
     drain::DrainShared,
     regions::{AddressIndex, Entry, Exports, Region, Registry},
     signal::Signal,
+    telemetry::{Event, Telemetry},
     wake::WakeHandle,
 };
 use crate::{
@@ -41,6 +42,7 @@ pub(crate) struct EndpointShared {
     pub(crate) registry: Arc<Registry>,
     pub(crate) closed: AtomicBool,
     pub(crate) drain: DrainShared,
+    pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) next_pool: AtomicU32,
     pub(crate) next_export: AtomicU32,
     pub(crate) next_push: AtomicU64,
@@ -374,6 +376,8 @@ pub(crate) struct ArrivalState {
 #[derive(Debug)]
 pub(crate) struct ArrivalShared {
     pub(crate) signal: Signal<ArrivalState>,
+    /// What led to its end, if that was not a good one. Set before the end is.
+    pub(crate) trace: OnceLock<Arc<[Event]>>,
 }
 
 impl ArrivalShared {
@@ -386,7 +390,16 @@ impl ArrivalShared {
                 tail: None,
                 end: None,
             }),
+            trace: OnceLock::new(),
         }
+    }
+
+    /// It is over.
+    pub(crate) fn end(&self, result: Result<(), ArrivalError>, trace: Option<Arc<[Event]>>) {
+        if let Some(trace) = trace {
+            self.trace.get_or_init(|| trace);
+        }
+        self.signal.update(|state| state.end = Some(result));
     }
 }
 
@@ -418,6 +431,19 @@ pub(crate) enum PushPhase {
 pub(crate) struct PushShared {
     pub(crate) signal: Signal<PushPhase>,
     pub(crate) open_timeout: Option<Duration>,
+    /// What led to its end, if that was not a good one. Set before the end is.
+    pub(crate) trace: OnceLock<Arc<[Event]>>,
+}
+
+impl PushShared {
+    /// It is over.
+    pub(crate) fn end(&self, result: Result<PushReport, PushError>, trace: Option<Arc<[Event]>>) {
+        if let Some(trace) = trace {
+            self.trace.get_or_init(|| trace);
+        }
+        self.signal
+            .update(|phase| *phase = PushPhase::Ended(result));
+    }
 }
 
 /// What a caller sees of a session that it wants made.

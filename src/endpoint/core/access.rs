@@ -232,6 +232,9 @@ impl Core {
                 "no such region, or it has been withdrawn",
             ),
         };
+        if let Message::RegionRefuse(refuse) = &message {
+            self.tell_refused(conn, None, refuse.code, &refuse.detail);
+        }
         self.send(conn, &message);
     }
 

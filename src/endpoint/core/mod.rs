@@ -19,6 +19,7 @@
 //! | `drain` | going away in good order |
 //! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
+//! | `watch` | what is told of all this: counters, events, the log |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -41,6 +42,7 @@ mod reader;
 mod remote;
 mod session;
 mod timers;
+mod watch;
 mod writer;
 
 #[cfg(test)]
@@ -67,6 +69,7 @@ use super::{
     error::PeerError,
     regions::Region,
     shared::{PoolRecord, TailArena},
+    telemetry::{EventKind, Levels, Telemetry},
 };
 use crate::{
     fabric::{
@@ -124,6 +127,9 @@ pub(crate) struct Core {
     /// Asked so far whether a peer is there.
     pings: u64,
     tails: Arc<TailArena>,
+    telemetry: Arc<Telemetry>,
+    /// Levels as they were told last.
+    told: [u64; Levels::COUNT],
     timers: Timers,
     /// Nothing new begins.
     draining: Option<Draining>,
@@ -139,6 +145,10 @@ impl Core {
         control: Box<dyn Control>,
         tails: Arc<TailArena>,
     ) -> Self {
+        let names = rails
+            .iter()
+            .map(|(device, ..)| watch::rail_name(device.info()));
+        let telemetry = Telemetry::new(names.collect(), config.metric_peers);
         let rails = rails
             .into_iter()
             .map(|(device, context, completions_free)| Rail {
@@ -169,6 +179,8 @@ impl Core {
             next_request: 0,
             pings: 0,
             tails,
+            telemetry: Arc::new(telemetry),
+            told: [0; Levels::COUNT],
             timers: Timers::default(),
             draining: None,
             scratch: Scratch::default(),
@@ -202,6 +214,9 @@ impl Core {
         }
         active |= self.run_timers();
         self.settle_drain();
+        if active {
+            self.tell_levels();
+        }
         active
     }
 
@@ -233,6 +248,7 @@ impl Core {
         self.close_pushes();
         self.close_accesses();
         self.close_drain();
+        self.tell_levels();
     }
 
     fn command(&mut self, command: Command) {
@@ -281,11 +297,12 @@ impl Core {
         match event {
             ControlEvent::Accepted { conn, peer } => {
                 self.sessions.insert(conn, Session::accepted(peer));
+                self.tell_session(conn, EventKind::SessionAccepted);
                 self.await_hello(conn);
             }
             ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
             ControlEvent::Message { conn, bytes } => {
-                self.heard(conn);
+                self.heard(conn, bytes.len());
                 match Message::decode(&bytes) {
                     Ok(message) => self.message(conn, message),
                     Err(error) => self.violation(conn, &error.to_string()),
@@ -383,6 +400,7 @@ impl Core {
     }
 
     fn lane_failed(&mut self, conn: ConnId, lane: usize, completion: &Completion) {
+        self.tell_lane_failed(conn, lane, completion);
         let Some(session) = self.sessions.get(&conn) else {
             return;
         };
@@ -405,6 +423,7 @@ impl Core {
     fn rail_failed(&mut self, rail: usize, error: &FabricError) {
         // A rail that cannot even be polled would say so again and again.
         self.rails[rail].dead = true;
+        self.tell_rail_failed(rail);
         let conns: Vec<_> = self
             .sessions
             .iter()
@@ -444,7 +463,7 @@ impl Core {
         let Some(mut session) = self.sessions.remove(&conn) else {
             return;
         };
-        tracing::debug!(peer = session.name(), %error, "session ends");
+        self.tell_session_end(conn, &session, &error);
         if let Some((code, detail)) = goodbye {
             self.send(
                 conn,
@@ -471,7 +490,13 @@ impl Core {
 
     fn send(&mut self, conn: ConnId, message: &Message) {
         match message.encode() {
-            Ok(bytes) => self.control.send(conn, bytes),
+            Ok(bytes) => {
+                let session = self.sessions.get(&conn);
+                if let Some(meters) = session.and_then(|session| session.meters.as_ref()) {
+                    meters.control_sent.add(bytes.len() as u64);
+                }
+                self.control.send(conn, bytes);
+            }
             // Only a descriptor of our own can be too large, and it was checked when the pool was made.
             Err(error) => tracing::error!(%error, "a control message could not be encoded"),
         }

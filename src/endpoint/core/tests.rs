@@ -7,5 +7,6 @@ mod hostile;
 mod limits;
 mod liveness;
 mod schedules;
+mod telemetry;
 mod unfenced;
 mod world;

@@ -8,6 +8,7 @@ use super::{
     remote::{RemotePool, Target, prepare},
     session::{Phase, Session},
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
     endpoint::{
@@ -46,6 +47,7 @@ pub(crate) struct PushEntry {
     pub(super) tail_targets: HashMap<u8, Target>,
     tail_bytes: u32,
     opened: Time,
+    pub(super) watch: Watch,
 }
 
 impl PushEntry {
@@ -75,6 +77,7 @@ impl PushEntry {
             tail_targets: HashMap::new(),
             tail_bytes: 0,
             opened: Time(0),
+            watch: Watch::default(),
         }
     }
 
@@ -136,6 +139,7 @@ impl Core {
         self.timers
             .at(push.machine.next_deadline(), Timer::Push(id));
         self.pushes.insert(id, push);
+        self.tell_push_opening(id);
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
@@ -204,12 +208,12 @@ impl Core {
         match result {
             Ok(()) => {
                 let round_trip = self.now - push.opened;
-                tracing::debug!(push = id, ?round_trip, "push open");
                 push.shared
                     .signal
                     .update(|phase| *phase = PushPhase::Active);
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_open(conn, id, round_trip);
             }
             Err(error) => self.stop_push(id, PushEnd::Failed(error)),
         }
@@ -365,6 +369,7 @@ impl Core {
             PushAction::StopPosting => {
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_stopping(conn, id);
                 self.drop_tasks(conn, id);
             }
             PushAction::Fence => {
@@ -376,6 +381,7 @@ impl Core {
                     peer: session.name(),
                     waited: self.config.drain_timeout,
                 };
+                self.tell_forced(conn, id, None);
                 self.end_session(
                     conn,
                     error,
@@ -410,9 +416,9 @@ impl Core {
                     }
                     self.leave_session(conn, id);
                 }
-                push.shared
-                    .signal
-                    .update(|phase| *phase = PushPhase::Ended(result));
+                let after = self.now - push.opened;
+                let trace = self.tell_push_end(&push, after, result.as_ref().map(|_| ()));
+                push.shared.end(result, trace);
             }
         }
     }
@@ -479,9 +485,9 @@ impl Core {
                     };
                     self.count_push(false);
                     let failure = PushError::Unfenced(Box::new(source.clone()));
-                    push.shared
-                        .signal
-                        .update(|phase| *phase = PushPhase::Ended(Err(failure)));
+                    let after = self.now - push.opened;
+                    let trace = self.tell_push_end(&push, after, Err(&failure));
+                    push.shared.end(Err(failure), trace);
                     std::mem::forget(push);
                 }
                 _ => self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone()))),
