@@ -165,7 +165,7 @@ impl Core {
             return;
         };
         if moving {
-            let lane = usize::from(session.least_loaded());
+            let lane = usize::from(session.best_lane(|_| Some(0)));
             session.lanes[lane]
                 .queue
                 .push_back(Task::Access { access: id });
@@ -373,7 +373,7 @@ impl Core {
     }
 
     pub(super) fn close_accesses(&mut self) {
-        for (_, access) in self.accesses.drain() {
+        for access in std::mem::take(&mut self.accesses).into_values() {
             access.shared.finish(Err(PeerError::Closed.into()));
         }
     }
