@@ -8,6 +8,7 @@ mod artifacts;
 mod audit;
 mod checks;
 mod fuzz;
+mod gpu_libs;
 mod guest;
 mod mutants;
 mod oracle;
@@ -34,6 +35,7 @@ COMMANDS
     fuzz      Run the fuzz targets from their seeds: every decoder, with libFuzzer and the address sanitizer
     mutants   Break the code of an invariant on purpose, one mutation at a time, and see a test notice
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
+    gpu-libs  Our GPU bindings against the real ROCm libraries and headers (Debian's), and cuda.h where there is one
     oracle    Compare our hand-made verbs definitions with the ones bindgen makes from the system's headers
     help      Show this text
 
@@ -68,6 +70,7 @@ fn dispatch(args: &[String]) -> Result<()> {
         "fuzz" => fuzz::main(rest),
         "mutants" => mutants::main(rest),
         "audit" => audit::main(rest),
+        "gpu-libs" => gpu_libs::main(rest),
         "oracle" => oracle::main(rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
