@@ -3,11 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::process::{self, stage};
-<<<<<<< HEAD
-use crate::{audit, fuzz, oracle, rxe, sim};
-=======
-use crate::{audit, gpu_libs, oracle, rxe, sim};
->>>>>>> main
+use crate::{audit, fuzz, gpu_libs, oracle, rxe, sim};
 
 const TEST_HELP: &str = "\
 cargo xtask test: every test there is
