@@ -45,19 +45,19 @@ impl SimConfig {
         }
     }
 
-    /// How long the port is busy with a packet of `bytes` payload, at least 1 ns.
-    pub(super) fn wire_time(&self, bytes: u64) -> u64 {
-        // Ethernet, IP, UDP, BTH, RETH, ICRC and the gap between frames.
-        const OVERHEAD: u64 = 98;
-        let bits = u128::from(bytes + OVERHEAD) * 8 * 1_000_000_000;
-        u64::try_from(bits / u128::from(self.bits_per_second.max(1)))
-            .unwrap_or(u64::MAX)
-            .max(1)
-    }
-
     pub(super) fn mtu(&self) -> u64 {
         u64::from(self.caps.mtu.max(1))
     }
+}
+
+/// How long a port of `bits_per_second` is busy with a packet of `bytes` payload, at least 1 ns.
+pub(super) fn wire_time(bits_per_second: u64, bytes: u64) -> u64 {
+    // Ethernet, IP, UDP, BTH, RETH, ICRC and the gap between frames.
+    const OVERHEAD: u64 = 98;
+    let bits = u128::from(bytes + OVERHEAD) * 8 * 1_000_000_000;
+    u64::try_from(bits / u128::from(bits_per_second.max(1)))
+        .unwrap_or(u64::MAX)
+        .max(1)
 }
 
 impl Default for SimConfig {

@@ -68,9 +68,11 @@ impl World {
             return;
         }
         let length = chunk.data.len() as u64;
+        let starved = &self.faults.starved;
         let Some(device) = self.devices.get_mut(at.device) else {
             return;
         };
+        let starved = starved.contains(&device.name);
         // An empty message touches no memory and needs no key. Others are checked with every packet, since the
         // registration can end in between.
         let span = if chunk.length == 0 {
@@ -90,7 +92,7 @@ impl World {
         let Some(lane) = device.lanes.get_mut(&at.lane) else {
             return;
         };
-        if chunk.imm.is_some() && lane.receives == 0 {
+        if chunk.imm.is_some() && (lane.receives == 0 || starved) {
             lane.nak_sent = true;
             self.answer(at, from, psn, Body::NotReady);
             return;

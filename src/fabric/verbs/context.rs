@@ -19,7 +19,7 @@ use std::{collections::VecDeque, net::IpAddr, os::fd::RawFd, ptr, sync::Arc};
 
 use crate::fabric::{
     Completion, CompletionKind, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig,
-    LaneId, MrId, PostError, Sge, Status, WorkRequest,
+    LaneId, MrId, PostError, RailEvent, Sge, Status, WorkRequest,
 };
 
 use super::{
@@ -61,6 +61,8 @@ pub(super) struct VerbsContext {
     armed: bool,
     polls: u32,
     fatal: Option<String>,
+    /// What the engine has not asked for yet.
+    events: Vec<RailEvent>,
 }
 
 // SAFETY: all pointers are to verbs objects, which any thread may use; the value is used by the one that owns it.
@@ -97,6 +99,7 @@ impl VerbsContext {
             armed: false,
             polls: 0,
             fatal: None,
+            events: Vec::new(),
         })
     }
 
@@ -465,6 +468,10 @@ impl Context for VerbsContext {
         Ok(())
     }
 
+    fn events(&mut self, out: &mut Vec<RailEvent>) {
+        out.append(&mut self.events);
+    }
+
     fn arm(&mut self) -> Result<bool, FabricError> {
         self.check_fatal("arm")?;
         if !self.stash.is_empty() {
@@ -478,7 +485,7 @@ impl Context for VerbsContext {
         // Completions that came before the queue was armed make no event.
         self.drain_to_stash()?;
         self.settle_failures()?;
-        Ok(self.stash.is_empty() && self.fatal.is_none())
+        Ok(self.stash.is_empty() && self.events.is_empty() && self.fatal.is_none())
     }
 
     fn wait_fd(&self) -> RawFd {
