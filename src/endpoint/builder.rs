@@ -144,6 +144,13 @@ impl Builder {
         self
     }
 
+    /// Time for which a session goes on although none of its lanes works, while they are made again. Then it ends, and
+    /// its pushes and arrivals with it. Default 10 s.
+    pub fn recovery_timeout(mut self, timeout: Duration) -> Self {
+        self.config.recovery_timeout = timeout;
+        self
+    }
+
     /// How the driver thread waits. Default [`Polling::Adaptive`] with 20 µs.
     pub fn polling(mut self, polling: Polling) -> Self {
         self.config.polling = polling;

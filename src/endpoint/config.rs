@@ -36,6 +36,7 @@ pub(crate) struct Config {
     pub(crate) open_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
+    pub(crate) recovery_timeout: Duration,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -60,6 +61,7 @@ impl Default for Config {
             open_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
             revoke_grace: Duration::from_millis(500),
+            recovery_timeout: Duration::from_secs(10),
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

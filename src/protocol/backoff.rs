@@ -27,6 +27,7 @@ pub(crate) struct Backoff {
     /// Whether something has been acknowledged since it is up.
     proven: bool,
     attempted: Option<Time>,
+    due: Time,
 }
 
 impl Backoff {
@@ -38,6 +39,7 @@ impl Backoff {
             up_since: Some(now),
             proven: false,
             attempted: None,
+            due: Time(0),
         }
     }
 
@@ -54,13 +56,23 @@ impl Backoff {
 
     /// The lane has failed, or an attempt to make it again. Returns when to try (again).
     pub(crate) fn failed(&mut self, now: Time) -> Time {
-        let was_good = self.proven && self.up_since.take().is_some_and(|since| now - since >= GOOD);
+        let was_good = self.proven
+            && self
+                .up_since
+                .take()
+                .is_some_and(|since| now - since >= GOOD);
         self.up_since = None;
         self.failures = match was_good {
             true => 1,
             false => self.failures.saturating_add(1),
         };
-        now + self.delay()
+        self.due = now + self.delay();
+        self.due
+    }
+
+    /// When to try, if not before `now`.
+    pub(crate) fn due(&self, now: Time) -> Time {
+        self.due.max(now)
     }
 
     /// An attempt is made.

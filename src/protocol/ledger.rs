@@ -40,6 +40,7 @@ impl<Owner: Copy + Eq> LaneLedger<Owner> {
     }
 
     /// Requests in flight.
+    #[cfg(test)]
     pub(crate) fn in_flight(&self) -> u64 {
         self.posted - self.retired
     }

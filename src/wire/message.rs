@@ -17,12 +17,12 @@ pub(crate) const MAX_DETAIL: usize = 512;
 
 /// An enumeration with a number for each value.
 macro_rules! codes {
-    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $value:ident = $number:literal => $text:literal,)* }) => {
+    ($(#[$meta:meta])* $vis:vis $name:ident { $($(#[$doc:meta])* $value:ident = $number:literal => $text:literal,)* }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u16)]
         #[non_exhaustive]
-        pub enum $name { $($(#[$doc])* $value = $number,)* }
+        $vis enum $name { $($(#[$doc])* $value = $number,)* }
 
         impl $name {
             #[cfg(test)]
@@ -47,7 +47,7 @@ macro_rules! codes {
 
 codes! {
     /// Why a reader did not open a session.
-    RejectCode {
+    pub RejectCode {
         /// No kind of fabric is common to both.
         NoCommonFabric = 1 => "no fabric in common",
         /// The lanes could not be set up.
@@ -65,7 +65,7 @@ codes! {
 
 codes! {
     /// Why a reader refused a grant or region token.
-    RefuseCode {
+    pub RefuseCode {
         /// No such grant or region, or the secret is wrong.
         UnknownGrant = 1 => "unknown",
         /// The slot has been used again since.
@@ -98,7 +98,7 @@ impl RefuseCode {
 
 codes! {
     /// Why a reader took a grant back.
-    RevokeReason {
+    pub RevokeReason {
         /// The user asked for it.
         Requested = 1 => "revoked by the reader",
         /// Its deadline passed.
@@ -112,7 +112,7 @@ codes! {
 
 codes! {
     /// Why a peer ends a session.
-    GoodbyeCode {
+    pub GoodbyeCode {
         /// The endpoint was closed.
         Shutdown = 1 => "endpoint closed",
         /// The other side broke the protocol.
@@ -126,7 +126,7 @@ codes! {
 
 codes! {
     /// Why a reader did not make a lane again.
-    LaneRefusal {
+    pub(crate) LaneRefusal {
         /// No rail of the reader can carry it now.
         NoRail = 1 => "no rail",
         /// It could not be set up.

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Core,
-    session::{Phase, Session},
+    session::{LaneState, Phase, Session},
     timers::Timer,
 };
 use crate::{
@@ -28,12 +28,12 @@ pub(crate) struct ArrivalEntry {
     pub(crate) pool: Arc<PoolHandle>,
     pub(crate) shared: Arc<ArrivalShared>,
     pub(crate) tail_slot: TailSlot,
-    parts: PartMap,
+    pub(super) parts: PartMap,
     blocks: Blocks,
     valid_for: Duration,
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
-    opened: Option<(ConnId, u64, u16)>,
+    pub(super) opened: Option<(ConnId, u64, u16)>,
 }
 
 impl ArrivalEntry {
@@ -146,6 +146,7 @@ impl Core {
                 "the endpoint has restarted since",
             ));
         }
+        let rails = self.rails_of_session(conn);
         let granted = self.arrivals.get_mut(&open.grant.slot);
         let Some(arrival) = granted.filter(|arrival| arrival.grant.id() == open.grant) else {
             return Err(match self.tails.knows(open.grant) {
@@ -176,7 +177,6 @@ impl Core {
             return Err((RefuseCode::Expired, "its deadline has passed"));
         };
         arrival.opened = Some((conn, open.push, slot));
-        let rails = session.rails();
         let record = &arrival.pool.record;
         let pool = open.want_pool.then(|| PoolDescriptor {
             pool: record.id,
@@ -215,21 +215,26 @@ impl Core {
         let Some(lane) = session.lanes.get_mut(index) else {
             return;
         };
-        if let Some(count) = lane.receive.consume() {
+        // A lane that fails gets no more receives, but what it has placed counts.
+        let due = match lane.state {
+            LaneState::Up => lane.receive.consume(),
+            _ => None,
+        };
+        if let Some(count) = due {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
                 Ok(()) => {
-                    let total = lane.receive.posted(count);
+                    lane.receives += count;
+                    let (total, epoch) = (lane.receive.posted(count), lane.epoch);
                     let lane = index as u16;
-                    self.send(conn, &Message::Credits(Credits { lane, total }));
+                    self.send(conn, &Message::Credits(Credits { lane, epoch, total }));
                 }
                 Err(source) => {
                     let error = PeerError::Fabric {
                         peer: session.name(),
                         source: source.into(),
                     };
-                    self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
-                    return;
+                    self.lane_failed(conn, index, error);
                 }
             }
         }

@@ -3,6 +3,7 @@
 mod deadlines;
 mod garbage;
 mod hostile;
+mod recovery;
 mod schedules;
 mod unfenced;
 mod world;

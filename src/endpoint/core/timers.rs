@@ -12,6 +12,10 @@ pub(super) enum Timer {
     Arrival(u32),
     Access(u64),
     Connect(ConnId),
+    /// The lanes of a session.
+    Recovery(ConnId),
+    /// The port of a rail.
+    Rail(usize),
 }
 
 /// The timers of a core.
@@ -46,7 +50,10 @@ impl Core {
                 Timer::Arrival(slot) => self.arrival_timer(slot),
                 Timer::Access(id) => self.access_timer(id),
                 Timer::Connect(conn) => self.connect_timer(conn),
+                Timer::Recovery(conn) => self.recovery_timer(conn),
+                Timer::Rail(rail) => self.rail_timer(rail),
             }
+            self.end_failing();
         }
         active
     }

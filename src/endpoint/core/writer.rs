@@ -4,9 +4,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{
     Core,
-    pump::{Current, Task},
+    pump::{Current, Owner, Task},
     remote::{RemotePool, Target, prepare},
-    session::{Phase, Session},
+    session::{LaneState, Phase, Session},
     timers::Timer,
 };
 use crate::{
@@ -81,6 +81,12 @@ impl PushEntry {
     /// The peer's regions through its rail `rail`.
     pub(super) fn targets(&self, rail: u8) -> Option<&Arc<[Target]>> {
         self.remote.as_ref()?.targets.get(&rail)
+    }
+
+    /// Whether it can be written through the peer's rail `rail`, as far as the peer has told.
+    pub(super) fn reaches(&self, rail: u8) -> bool {
+        self.remote.is_none()
+            || self.targets(rail).is_some() && self.tail_targets.contains_key(&rail)
     }
 
     /// The immediate of `part`.
@@ -231,7 +237,13 @@ impl Core {
         let known = session
             .lanes
             .get_mut(index)
-            .is_some_and(|lane| lane.send.announce(credits.total, lane.peer_receives));
+            .filter(|lane| lane.epoch == credits.epoch)
+            .is_some_and(|lane| match lane.state {
+                LaneState::Up => lane.send.announce(credits.total, lane.peer_receives),
+                // Sent before the reader heard that the lane is gone here.
+                LaneState::Fencing { .. } => true,
+                _ => false,
+            });
         if known {
             self.pump(conn, index);
         } else {
@@ -281,20 +293,29 @@ impl Core {
             let part = blocks.part(layer, block);
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
-            let completes = (*remaining == 0).then(|| push.imm(part));
-            let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
+            let completes = *remaining == 0;
+            let bytes = push.planner.as_ref().map_or(0, |planner| {
+                let page = planner.bytes_per_page(layer).unwrap_or(0);
+                page.saturating_mul(count.into())
+            });
+            let lane = &mut push.lane_of[part as usize];
+            // A part keeps to its lane, except when that is gone and its work has been moved.
+            let lane = match *lane {
+                Some(lane) if session.keeps(&self.rails, lane) => lane,
+                _ => *lane.insert(session.choose(&self.rails, self.now, bytes)),
+            };
             push.machine.queue();
-            session.lanes[usize::from(lane)]
-                .queue
-                .push_back(Task::Pages {
-                    push: id,
-                    layer,
-                    first: position,
-                    source: Arc::clone(&pages),
-                    from: position - first,
-                    count,
-                    completes,
-                });
+            session.lanes[usize::from(lane)].enqueue(Task::Pages {
+                push: id,
+                layer,
+                part,
+                first: position,
+                source: Arc::clone(&pages),
+                from: position - first,
+                count,
+                completes,
+                bytes,
+            });
             touched |= 1 << (lane % 64);
             position = until;
         }
@@ -321,8 +342,14 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        let lane = usize::from(session.least_loaded());
-        session.lanes[lane].queue.push_back(Task::Tail { push: id });
+        let (part, bytes) = (push.blocks_tail(), u64::from(push.tail_bytes));
+        let lane = usize::from(session.choose(&self.rails, self.now, bytes));
+        let tail = Task::Tail {
+            push: id,
+            part,
+            bytes,
+        };
+        session.lanes[lane].enqueue(tail);
         self.pump(conn, lane);
     }
 
@@ -444,12 +471,18 @@ impl Core {
             return;
         };
         for lane in &mut session.lanes {
+            let load = &mut lane.load;
             lane.queue.retain(|task| {
-                !matches!(task, Task::Pages { push, .. } | Task::Tail { push } if *push == id)
+                let other = task.owner() != Owner::Push(id);
+                *load -= if other { 0 } else { task.bytes() };
+                other
             });
             if matches!(lane.current, Some(Current::Pages { push, .. } | Current::Tail { push }) if push == id)
             {
                 lane.current = None;
+                if let Some(task) = lane.replay.close(lane.ledger.next_sequence()) {
+                    lane.load -= task.bytes();
+                }
             }
         }
     }

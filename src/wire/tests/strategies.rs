@@ -381,8 +381,14 @@ fn lane_message() -> impl Strategy<Value = Message> {
                 })
             }
         ),
-        (name(), any::<u8>(), any::<u64>(), lane_address(), any::<u32>()).prop_map(
-            |((lane, epoch), rail, speed_bits, address, receives)| {
+        (
+            name(),
+            any::<u8>(),
+            any::<u64>(),
+            lane_address(),
+            any::<u32>()
+        )
+            .prop_map(|((lane, epoch), rail, speed_bits, address, receives)| {
                 Message::LaneRenewed(LaneRenewed {
                     lane,
                     epoch,
@@ -391,17 +397,14 @@ fn lane_message() -> impl Strategy<Value = Message> {
                     address,
                     receives,
                 })
-            }
-        ),
-        (name(), select(LaneRefusal::ALL), text(512)).prop_map(
-            |((lane, epoch), code, detail)| {
-                Message::LaneRefused(LaneRefused {
-                    lane,
-                    epoch,
-                    code,
-                    detail,
-                })
-            }
-        ),
+            }),
+        (name(), select(LaneRefusal::ALL), text(512)).prop_map(|((lane, epoch), code, detail)| {
+            Message::LaneRefused(LaneRefused {
+                lane,
+                epoch,
+                code,
+                detail,
+            })
+        }),
     ]
 }

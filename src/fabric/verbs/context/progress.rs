@@ -2,9 +2,7 @@
 //!
 //! Owned by the thread of its context.
 
-use crate::fabric::{
-    Completion, CompletionKind, FabricError, FabricErrorKind, RailEvent, Status,
-};
+use crate::fabric::{Completion, CompletionKind, FabricError, FabricErrorKind, RailEvent, Status};
 
 use super::{
     super::{
