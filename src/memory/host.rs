@@ -103,7 +103,8 @@ impl HostMemory {
         )
     }
 
-    /// Allocates `length` bytes in a memory file (`memfd_create(2)`), which another process may map.
+    /// Allocates `length` bytes in a memory file (`memfd_create(2)`), which another process may map. Its size is sealed,
+    /// because whoever has the file could otherwise cut off what is mapped here.
     pub fn memfd(name: &str, length: u64) -> Result<Self, MemoryError> {
         let fail = |operation| MemoryError::Os {
             operation,
@@ -113,7 +114,9 @@ impl HostMemory {
         };
         let name = CString::new(name.replace('\0', "")).unwrap_or_default();
         // SAFETY: `name` is a NUL-terminated string that outlives the call.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+        let fd = unsafe {
+            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+        };
         if fd < 0 {
             return Err(fail("memfd_create"));
         }
@@ -123,6 +126,11 @@ impl HostMemory {
         // SAFETY: plain system call on a descriptor we own.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } != 0 {
             return Err(fail("ftruncate"));
+        }
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: plain system call on a descriptor we own.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(fail("F_ADD_SEALS"));
         }
         Self::map(length, 0, libc::MAP_SHARED, Some(fd), MemoryKind::Memfd)
     }
@@ -298,5 +306,6 @@ mod tests {
         let mut bytes = [0; 4];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 5000).unwrap();
         assert_eq!(&bytes, b"seen");
+        assert!(file.set_len(4096).is_err(), "it can be cut off");
     }
 }

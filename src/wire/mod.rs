@@ -37,13 +37,13 @@ pub(crate) use grant::GrantFields;
 pub use ids::{Digest, GrantId, Incarnation, PoolId};
 pub(crate) use ids::{Nonce, random_nonce};
 pub(crate) use imm::{Imm, TailHeader};
+pub(crate) use message::MAX_LANES;
 pub(crate) use message::{
     Accept, Cancel, Credits, Goodbye, Hello, HelloAck, HelloReject, LaneAnswer, LaneDown,
     LaneFenced, LaneLost, LaneOffer, LaneRefusal, LaneRefused, LaneRenew, LaneRenewed, Message,
     Open, OpenRegion, RailOffer, Refuse, RegionAccept, RegionRefuse, Revoke, TailTarget,
 };
 pub use message::{GoodbyeCode, RefuseCode, RejectCode, RevokeReason};
-pub(crate) use message::{MAX_DETAIL, MAX_LANES};
 pub use names::{FabricKind, LaneAddress, RemoteKey};
 pub(crate) use pool::{PoolDescriptor, RegionDescriptor, RegionKey};
 pub use token::RegionToken;

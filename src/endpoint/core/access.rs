@@ -221,6 +221,7 @@ impl Core {
                 RefuseCode::WrongIncarnation,
                 "the endpoint has restarted since",
             ),
+            _ if self.is_draining() => refuse(RefuseCode::Draining, "the endpoint is going away"),
             Some(export) if Digest(export.nonce).matches(&Digest(open.nonce)) => {
                 let rails = self.rails_of_session(conn);
                 Message::RegionAccept(RegionAccept {

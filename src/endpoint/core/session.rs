@@ -4,22 +4,22 @@
 //! says what it has, and the dialler offers again over the same connection.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, VecDeque},
     net::SocketAddr,
-    sync::Arc,
 };
 
 use super::{
     Core, Rail,
+    limits::RemotePools,
+    liveness::Liveness,
     pump::{Current, Owner, Task},
-    remote::RemotePool,
 };
 use crate::{
     endpoint::{PeerError, control::ConnId},
     fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
     kv::Plan,
     protocol::{Backoff, LaneLedger, ReceiveCredits, ReplayLedger, SendCredits, Time},
-    wire::{Incarnation, PoolId},
+    wire::Incarnation,
 };
 
 /// Who dialled.
@@ -46,6 +46,9 @@ pub(super) struct Session {
     pub(super) phase: Phase,
     pub(super) peer: Option<SocketAddr>,
     pub(super) peer_name: String,
+    /// Who it is, once it has said so.
+    pub(super) incarnation: Option<Incarnation>,
+    pub(super) liveness: Liveness,
     pub(super) lanes: Vec<Lane>,
     /// Dialler: who is expected to answer.
     pub(super) expected: Option<Incarnation>,
@@ -54,7 +57,7 @@ pub(super) struct Session {
     /// Dialler: pushes of this session.
     pub(super) pushes: BTreeSet<u64>,
     /// Dialler: what the peer has told of its pools.
-    pub(super) remote_pools: HashMap<PoolId, Arc<RemotePool>>,
+    pub(super) remote_pools: RemotePools,
     /// Dialler: where the next block goes if all lanes are equally busy.
     pub(super) next_lane: usize,
     /// Dialler: since when no lane works.
@@ -78,11 +81,13 @@ impl Session {
             phase: Phase::Connecting,
             peer: None,
             peer_name,
+            incarnation: None,
+            liveness: Liveness::default(),
             lanes: Vec::new(),
             expected: None,
             untried: Vec::new(),
             pushes: BTreeSet::new(),
-            remote_pools: HashMap::new(),
+            remote_pools: RemotePools::default(),
             next_lane: 0,
             down_since: None,
             recovery_at: None,
@@ -358,11 +363,12 @@ impl Core {
     /// A device that refuses to end a queue pair is not to be trusted: the first such error is returned, its rail is
     /// not used again, and the reservations of the lane are not given back.
     pub(super) fn destroy_lanes(&mut self, lanes: &mut [Lane]) -> Result<(), FabricError> {
-        let live = lanes.iter().filter(|lane| lane.is_live());
-        live.fold(Ok(()), |result, lane| {
+        let mut result = Ok(());
+        for lane in lanes.iter().filter(|lane| lane.is_live()) {
             let destroyed = self.destroy_lane(lane.rail, lane.id, lane.reserved);
-            result.and(destroyed)
-        })
+            result = result.and(destroyed);
+        }
+        result
     }
 
     /// The same for one lane.

@@ -16,6 +16,9 @@ pub(super) enum Timer {
     Recovery(ConnId),
     /// The port of a rail.
     Rail(usize),
+    Hello(ConnId),
+    Alive(ConnId),
+    Drain,
 }
 
 /// The timers of a core.
@@ -52,6 +55,9 @@ impl Core {
                 Timer::Connect(conn) => self.connect_timer(conn),
                 Timer::Recovery(conn) => self.recovery_timer(conn),
                 Timer::Rail(rail) => self.rail_timer(rail),
+                Timer::Hello(conn) => self.hello_timer(conn),
+                Timer::Alive(conn) => self.alive_timer(conn),
+                Timer::Drain => self.drain_timer(),
             }
             self.end_failing();
         }

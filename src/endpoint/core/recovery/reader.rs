@@ -17,7 +17,7 @@ use crate::{
     endpoint::{PeerError, control::ConnId},
     wire::{
         GoodbyeCode, LaneDown, LaneFenced, LaneLost, LaneRefusal, LaneRefused, LaneRenew,
-        LaneRenewed, MAX_DETAIL, Message,
+        LaneRenewed, Message,
     },
 };
 
@@ -227,15 +227,12 @@ impl Core {
                     receives: slot.config.receive_depth,
                 })
             }
-            Err((code, mut detail)) => {
-                detail.truncate(detail.floor_char_boundary(MAX_DETAIL));
-                Message::LaneRefused(LaneRefused {
-                    lane: renew.lane,
-                    epoch: renew.epoch,
-                    code,
-                    detail,
-                })
-            }
+            Err((code, detail)) => Message::LaneRefused(LaneRefused {
+                lane: renew.lane,
+                epoch: renew.epoch,
+                code,
+                detail,
+            }),
         };
         self.send(conn, &message);
     }

@@ -48,7 +48,7 @@ impl Pair {
         for (index, memory) in from.iter().enumerate() {
             let length = crate::memory::Memory::length(&**memory);
             let bytes: Vec<u8> = (0..length)
-                .map(|at| (at ^ at >> 8 ^ index as u64 * 37) as u8)
+                .map(|at| (at ^ (at >> 8) ^ (index as u64 * 37)) as u8)
                 .collect();
             memory.write(0, &bytes).unwrap();
         }
@@ -238,4 +238,43 @@ fn a_push_survives_an_error_of_any_request() {
         hit += usize::from(pair.renewals() == 1);
     }
     assert!(hit > 8, "{hit}");
+}
+
+/// The reader has counted a part and the writer has not heard so when the lane fails. The reader's engine uses the pages
+/// at once. Nothing may be written to them again.
+#[test]
+fn what_was_counted_is_not_sent_again() {
+    for rails in [[1, 1], [2, 2]] {
+        let mut pair = Pair::new(5, rails, &config());
+        let (arrival, push) = pair.open();
+        let pages: Vec<u32> = (0..PAGES).collect();
+        for layer in 0..LAYERS - 1 {
+            push.layer(layer, &pages).unwrap();
+        }
+        pair.run(5);
+        let fenced = count_messages(&mut pair.world, "LaneFenced");
+        for rail in 0..rails[1] {
+            let device = format!("sim1-{rail}");
+            pair.world.net.lose_answers(&device, true);
+        }
+        push.layer(LAYERS - 1, &pages).unwrap();
+        push.start_finish("end").unwrap();
+        pair.run(1);
+        let end = arrival.poll_complete();
+        assert!(matches!(end, Some(Ok(_))), "{end:?}");
+        assert_eq!(push.poll_ended(), None, "it has not heard");
+        pair.assert_bytes();
+        pair.scribble();
+        let frozen = pair.freeze();
+        pair.run(50);
+        assert!(fenced.get() > 0, "no lane has failed");
+        for rail in 0..rails[1] {
+            let device = format!("sim1-{rail}");
+            pair.world.net.lose_answers(&device, false);
+        }
+        pair.run(3000);
+        assert!(matches!(push.poll_ended(), Some(Ok(_))));
+        assert_eq!(pair.freeze(), frozen, "written after it was counted");
+        assert!(pair.epochs(0).iter().any(|&epoch| epoch > 0));
+    }
 }
