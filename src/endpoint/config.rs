@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::regions::Policy;
 use crate::{
     fabric::{FabricKind, verbs::VerbsConfig},
     wire::Auth,
@@ -48,6 +49,9 @@ pub(crate) struct Config {
     pub(crate) revoke_grace: Duration,
     pub(crate) recovery_timeout: Duration,
     pub(crate) keepalive: Option<Keepalive>,
+    pub(crate) metric_peers: usize,
+    pub(crate) policy: Policy,
+    pub(crate) flush: bool,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -78,6 +82,9 @@ impl Default for Config {
                 interval: Duration::from_secs(5),
                 timeout: Duration::from_secs(15),
             }),
+            metric_peers: 256,
+            policy: Policy::default(),
+            flush: true,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

@@ -20,9 +20,10 @@ mod export;
 mod pool;
 mod push;
 mod rails;
-mod region;
+mod regions;
 mod shared;
 mod signal;
+pub mod telemetry;
 mod wake;
 
 use std::{
@@ -40,11 +41,14 @@ pub use self::{
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
     error::{
-        AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
+        AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
+        PushInputError,
     },
     export::{LocalRegion, RemoteRegion},
-    pool::{GrantOptions, Pool},
+    pool::{GrantOptions, Pool, PoolInUse},
     push::{Push, PushReport},
+    regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths},
+    telemetry::{Event, EventKind, FlightRecord, Levels, Outcomes, PeerStats, RailStats, Stats},
 };
 use self::{
     core::{Command, ConnectEntry},
@@ -94,6 +98,23 @@ impl Endpoint {
         self.owner.shared.devices.iter().map(|device| device.info())
     }
 
+    /// The registration of this endpoint that holds `address`, in O(log n): of several the shortest, and of equally short
+    /// ones the latest. For engines that know a pointer and ask whose it is.
+    pub fn locate(&self, address: u64) -> Option<Located> {
+        self.shared().registry.locate(address)
+    }
+
+    /// Whether `region` is still registered. False for a name that has outlived its registration, whatever has been
+    /// registered since.
+    pub fn is_registered(&self, region: RegionId) -> bool {
+        self.shared().registry.is_live(region)
+    }
+
+    /// Registrations that there are, each counted once however many pools share it.
+    pub fn registrations(&self) -> usize {
+        self.shared().registry.len()
+    }
+
     /// Makes the session to the endpoint that listens on `address` (`host:port`) now, so that the first push to it does
     /// not have to. Returns that endpoint's incarnation.
     ///
@@ -124,6 +145,17 @@ impl Endpoint {
         } else {
             Err(PeerError::Closed)
         }
+    }
+
+    /// What exists and what has happened so far, without a metrics recorder. Waits for nobody; the last word after the
+    /// endpoint has been shut down, too.
+    pub fn stats(&self) -> Stats {
+        self.shared().telemetry.stats()
+    }
+
+    /// The last changes of state of sessions, pushes and arrivals, at most 1024.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.shared().telemetry.recorder.snapshot()
     }
 
     /// Ends all sessions with `peer`, dialled and accepted: its lanes are fenced, and what ran over them ends with

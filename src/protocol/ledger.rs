@@ -40,7 +40,6 @@ impl<Owner: Copy + Eq> LaneLedger<Owner> {
     }
 
     /// Requests in flight.
-    #[cfg(test)]
     pub(crate) fn in_flight(&self) -> u64 {
         self.posted - self.retired
     }

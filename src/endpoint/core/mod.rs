@@ -13,12 +13,14 @@
 //! | `writer` | the dialling side: open, plan, queue, finish |
 //! | `remote` | what the peer told of its pool, checked |
 //! | `pump` | from queued work to posted requests |
+//! | `cut` | writes between regions of several registrations |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `recovery` | lanes that fail and are made again, rails that come and go |
 //! | `access` | one-sided reads and writes of exported regions |
 //! | `drain` | going away in good order |
 //! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
+//! | `watch` | what is told of all this: counters, events, the log |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -31,6 +33,7 @@ mod accept;
 mod access;
 mod command;
 mod connect;
+mod cut;
 mod dial;
 mod drain;
 mod limits;
@@ -41,6 +44,7 @@ mod recovery;
 mod remote;
 mod session;
 mod timers;
+mod watch;
 mod writer;
 
 #[cfg(test)]
@@ -58,14 +62,16 @@ pub(crate) use self::{
 use self::{
     drain::Draining,
     pump::Scratch,
-    session::{Role, Session},
+    session::{LaneState, Role, Session},
     timers::Timers,
 };
 use super::{
     config::Config,
     control::ConnId,
     error::PeerError,
+    regions::Region,
     shared::{PoolRecord, TailArena},
+    telemetry::{EventKind, Levels, Telemetry},
 };
 use crate::{
     fabric::{Completion, CompletionKind, Context, Device, FabricKind, LaneId, RailEvent, Status},
@@ -125,6 +131,9 @@ pub(crate) struct Core {
     /// Asked so far whether a peer is there.
     pings: u64,
     tails: Arc<TailArena>,
+    telemetry: Arc<Telemetry>,
+    /// Levels as they were told last.
+    told: [u64; Levels::COUNT],
     timers: Timers,
     /// Nothing new begins.
     draining: Option<Draining>,
@@ -145,6 +154,10 @@ impl Core {
         control: Box<dyn Control>,
         tails: Arc<TailArena>,
     ) -> Self {
+        let names = rails
+            .iter()
+            .map(|(device, ..)| watch::rail_name(device.info()));
+        let telemetry = Telemetry::new(names.collect(), config.metric_peers);
         let rails = rails
             .into_iter()
             .map(|(device, context, completions_free)| Rail {
@@ -177,6 +190,8 @@ impl Core {
             next_request: 0,
             pings: 0,
             tails,
+            telemetry: Arc::new(telemetry),
+            told: [0; Levels::COUNT],
             timers: Timers::default(),
             draining: None,
             scratch: Scratch::default(),
@@ -214,6 +229,9 @@ impl Core {
         }
         active |= self.run_timers();
         self.settle_drain();
+        if active {
+            self.tell_levels();
+        }
         active
     }
 
@@ -245,6 +263,7 @@ impl Core {
         self.close_pushes();
         self.close_accesses();
         self.close_drain();
+        self.tell_levels();
     }
 
     fn command(&mut self, command: Command) {
@@ -293,11 +312,12 @@ impl Core {
         match event {
             ControlEvent::Accepted { conn, peer } => {
                 self.sessions.insert(conn, Session::accepted(peer));
+                self.tell_session(conn, EventKind::SessionAccepted);
                 self.await_hello(conn);
             }
             ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
             ControlEvent::Message { conn, bytes } => {
-                self.heard(conn);
+                self.heard(conn, bytes.len());
                 match Message::decode(&bytes) {
                     Ok(message) => self.message(conn, message),
                     Err(error) => self.violation(conn, &error.to_string()),
@@ -410,8 +430,13 @@ impl Core {
             lane.receives = lane.receives.saturating_sub(1);
         }
         if completion.status != Status::Success {
-            let error = self.completion_error(conn, rail, completion);
-            self.lane_failed(conn, lane, error);
+            let session = self.sessions.get(&conn);
+            // A lane that fails completes all it has; the first completion says why.
+            if session.is_some_and(|s| !matches!(s.lanes[lane].state, LaneState::Failing)) {
+                self.tell_lane_failed(conn, lane, completion);
+                let error = self.completion_error(conn, rail, completion);
+                self.lane_failed(conn, lane, error);
+            }
             return;
         }
         match completion.kind {
@@ -456,7 +481,7 @@ impl Core {
         let Some(mut session) = self.sessions.remove(&conn) else {
             return;
         };
-        tracing::debug!(peer = session.name(), %error, "session ends");
+        self.tell_session_end(conn, &session, &error);
         if let Some((code, detail)) = goodbye {
             self.send(
                 conn,
@@ -483,16 +508,28 @@ impl Core {
 
     fn send(&mut self, conn: ConnId, message: &Message) {
         match message.encode() {
-            Ok(bytes) => self.control.send(conn, bytes),
+            Ok(bytes) => {
+                let session = self.sessions.get(&conn);
+                if let Some(meters) = session.and_then(|session| session.meters.as_ref()) {
+                    meters.control_sent.add(bytes.len() as u64);
+                }
+                self.control.send(conn, bytes);
+            }
             // Only a descriptor of our own can be too large, and it was checked when the pool was made.
             Err(error) => tracing::error!(%error, "a control message could not be encoded"),
         }
     }
 
-    fn deregister(&mut self, region: &crate::endpoint::region::Region) {
-        for (rail, keys) in self.rails.iter_mut().zip(region.keys()) {
-            if let Err(error) = rail.context.deregister(keys.mr) {
-                tracing::error!(%error, "deregistration failed");
+    /// A user of `region` is gone. With the last one its registrations end.
+    fn deregister(&mut self, region: &Region) {
+        if !region.release() {
+            return;
+        }
+        for (rail, keys) in self.rails.iter_mut().zip(region.rails()) {
+            for keys in keys.all() {
+                if let Err(error) = rail.context.deregister(keys.mr) {
+                    tracing::error!(%error, "deregistration failed");
+                }
             }
         }
     }

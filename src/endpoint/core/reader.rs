@@ -6,9 +6,10 @@ use super::{
     Core,
     session::{LaneState, Phase, Session},
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
-    endpoint::region::Region,
+    endpoint::regions::Region,
     endpoint::{
         ArrivalError, PeerError,
         control::ConnId,
@@ -31,9 +32,12 @@ pub(crate) struct ArrivalEntry {
     pub(super) parts: PartMap,
     blocks: Blocks,
     valid_for: Duration,
+    /// Whether devices are told of what has arrived before the caller is.
+    flush: bool,
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
     pub(super) opened: Option<(ConnId, u64, u16)>,
+    pub(super) watch: Watch,
 }
 
 impl ArrivalEntry {
@@ -44,6 +48,7 @@ impl ArrivalEntry {
         tail_slot: TailSlot,
         blocks: Blocks,
         valid_for: Duration,
+        flush: bool,
     ) -> Self {
         Self {
             grant,
@@ -53,8 +58,10 @@ impl ArrivalEntry {
             parts: PartMap::new(blocks),
             blocks,
             valid_for,
+            flush,
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
+            watch: Watch::default(),
         }
     }
 }
@@ -63,6 +70,21 @@ impl ArrivalEntry {
     /// Whether no writer has opened it.
     pub(super) fn is_granted(&self) -> bool {
         self.machine.is_granted()
+    }
+
+    /// The writer's number for the push that opened it.
+    pub(super) fn push(&self) -> u64 {
+        self.opened.map_or(0, |(_, push, _)| push)
+    }
+
+    /// The session that opened it.
+    pub(super) fn session(&self) -> u64 {
+        self.opened.map_or(0, |(conn, ..)| conn.0)
+    }
+
+    /// Parts that have not arrived.
+    pub(super) fn missing(&self) -> u32 {
+        self.parts.missing()
     }
 
     fn expired(&self) -> ArrivalError {
@@ -90,6 +112,7 @@ impl Core {
         let slot = entry.grant.id().slot;
         self.timers
             .at(entry.machine.next_deadline(), Timer::Arrival(slot));
+        self.tell_grant(&entry);
         self.arrivals.insert(slot, entry);
     }
 
@@ -122,14 +145,12 @@ impl Core {
             return;
         }
         match self.try_open(conn, open) {
-            Ok(accept) => self.send(conn, &Message::Accept(Box::new(accept))),
+            Ok(accept) => {
+                self.tell_arrival_open(conn, open.grant.slot);
+                self.send(conn, &Message::Accept(Box::new(accept)));
+            }
             Err((code, detail)) => {
-                let peer = self
-                    .sessions
-                    .get(&conn)
-                    .map(Session::name)
-                    .unwrap_or_default();
-                tracing::info!(peer, %code, detail, "grant refused");
+                self.tell_refused(conn, Some(open.grant), code, detail);
                 let refuse = Refuse {
                     push: open.push,
                     code,
@@ -223,6 +244,9 @@ impl Core {
         let Some(lane) = session.lanes.get_mut(index) else {
             return;
         };
+        if let Some(rail) = session.meters.as_ref().and_then(|m| m.rail(lane.rail)) {
+            rail.parts.add(1);
+        }
         // A lane that fails gets no more receives, but what it has placed counts.
         let due = match lane.state {
             LaneState::Up => lane.receive.consume(),
@@ -267,6 +291,12 @@ impl Core {
             PartOutcome::Unknown => self.violation(conn, "a part beyond those of the grant"),
             PartOutcome::Duplicate | PartOutcome::Counted => {}
             PartOutcome::LayerComplete(layer) => {
+                if !self.make_visible(slot) {
+                    return;
+                }
+                let Some(arrival) = self.arrivals.get_mut(&slot) else {
+                    return;
+                };
                 arrival
                     .shared
                     .signal
@@ -275,6 +305,24 @@ impl Core {
             }
             PartOutcome::Tail => self.complete_if_whole(slot),
         }
+    }
+
+    /// Has the devices of the arrival's pool show what has been written, before anyone is told of it. Every part of what
+    /// is about to be reported has been placed. Returns `false` if a device refuses: then the arrival fails.
+    fn make_visible(&mut self, slot: u32) -> bool {
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return false;
+        };
+        if !arrival.flush {
+            return true;
+        }
+        let Err(error) = arrival.pool.record.flush() else {
+            return true;
+        };
+        tracing::error!(%error, "flush failed");
+        let action = arrival.machine.fail(self.now, ArrivalError::Flush(error));
+        self.arrival_action(slot, action);
+        false
     }
 
     fn complete_if_whole(&mut self, slot: u32) {
@@ -347,7 +395,9 @@ impl Core {
             ArrivalAction::SendRevoke { expired } => {
                 self.timers
                     .at(arrival.machine.next_deadline(), Timer::Arrival(slot));
-                let Some((conn, push, _)) = arrival.opened else {
+                let opened = arrival.opened;
+                self.tell_revoking(slot, expired);
+                let Some((conn, push, _)) = opened else {
                     return;
                 };
                 let reason = if expired {
@@ -358,9 +408,10 @@ impl Core {
                 self.send(conn, &Message::Revoke(Revoke { push, reason }));
             }
             ArrivalAction::Fence => {
-                let Some((conn, ..)) = arrival.opened else {
+                let Some((conn, push, _)) = arrival.opened else {
                     return;
                 };
+                self.tell_forced(conn, push, Some(slot));
                 let Some(session) = self.sessions.get(&conn) else {
                     return;
                 };
@@ -401,10 +452,8 @@ impl Core {
                     .pool
                     .record
                     .release(arrival.grant.pages(), arrival.grant.heads());
-                arrival
-                    .shared
-                    .signal
-                    .update(|state| state.end = Some(result));
+                let trace = self.tell_arrival_end(&arrival, result.as_ref().map(|&()| ()));
+                arrival.shared.end(result, trace);
             }
         }
     }
@@ -433,10 +482,8 @@ impl Core {
             };
             self.count_arrival(false);
             let failure = ArrivalError::Unfenced(Box::new(source.clone()));
-            arrival
-                .shared
-                .signal
-                .update(|state| state.end = Some(Err(failure)));
+            let trace = self.tell_arrival_end(&arrival, Err(&failure));
+            arrival.shared.end(Err(failure), trace);
             // Its memory, its reservation and its tail buffer stay as they are for the life of the process.
             std::mem::forget(arrival);
         }
@@ -478,11 +525,12 @@ pub(super) fn region_keys(region: &Region, rails: &[usize]) -> Vec<RegionKey> {
     rails
         .iter()
         .filter_map(|&rail| {
-            let keys = region.keys().get(rail)?;
+            let keys = region.rails().get(rail)?;
             Some(RegionKey {
                 rail: rail as u8,
-                address: region.address(),
-                rkey: keys.remote,
+                address: keys.grid().address,
+                extent: keys.grid().size,
+                rkeys: keys.remote(),
             })
         })
         .collect()

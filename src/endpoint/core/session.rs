@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use super::{
@@ -15,7 +16,7 @@ use super::{
     pump::{Current, Owner, Task},
 };
 use crate::{
-    endpoint::{PeerError, control::ConnId},
+    endpoint::{PeerError, control::ConnId, telemetry::meters::PeerMeters},
     fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
     kv::Plan,
     protocol::{Backoff, LaneLedger, ReceiveCredits, ReplayLedger, SendCredits, Time},
@@ -49,6 +50,8 @@ pub(super) struct Session {
     /// Who it is, once it has said so.
     pub(super) incarnation: Option<Incarnation>,
     pub(super) liveness: Liveness,
+    /// Where it is counted, once the peer has said who it is.
+    pub(super) meters: Option<Arc<PeerMeters>>,
     pub(super) lanes: Vec<Lane>,
     /// Dialler: who is expected to answer.
     pub(super) expected: Option<Incarnation>,
@@ -83,6 +86,7 @@ impl Session {
             peer_name,
             incarnation: None,
             liveness: Liveness::default(),
+            meters: None,
             lanes: Vec::new(),
             expected: None,
             untried: Vec::new(),
@@ -379,15 +383,15 @@ impl Core {
         reserved: u32,
     ) -> Result<(), FabricError> {
         self.lanes.remove(&(rail, id));
-        let rail = &mut self.rails[rail];
-        match rail.context.destroy_lane(id) {
+        let on = &mut self.rails[rail];
+        match on.context.destroy_lane(id) {
             Ok(()) => {
-                rail.completions_free += reserved;
+                on.completions_free += reserved;
                 Ok(())
             }
             Err(error) => {
-                tracing::error!(%error, "a lane could not be fenced");
-                rail.distrusted = true;
+                on.distrusted = true;
+                self.tell_fence_failed(rail, id, &error);
                 Err(error)
             }
         }

@@ -8,5 +8,6 @@ mod limits;
 mod liveness;
 mod recovery;
 mod schedules;
+mod telemetry;
 mod unfenced;
 mod world;

@@ -8,6 +8,7 @@ use super::{
     remote::{RemotePool, Target, prepare},
     session::{LaneState, Phase, Session},
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
     endpoint::{
@@ -15,7 +16,7 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::{FabricError, FabricKind, LocalKey},
+    fabric::{FabricError, FabricKind, LocalKey, RemoteKey},
     kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
@@ -46,6 +47,7 @@ pub(crate) struct PushEntry {
     pub(super) tail_targets: HashMap<u8, Target>,
     tail_bytes: u32,
     opened: Time,
+    pub(super) watch: Watch,
 }
 
 impl PushEntry {
@@ -75,6 +77,7 @@ impl PushEntry {
             tail_targets: HashMap::new(),
             tail_bytes: 0,
             opened: Time(0),
+            watch: Watch::default(),
         }
     }
 
@@ -85,8 +88,13 @@ impl PushEntry {
 
     /// Whether it can be written through the peer's rail `rail`, as far as the peer has told.
     pub(super) fn reaches(&self, rail: u8) -> bool {
-        self.remote.is_none()
+        self.blocks.is_none()
             || self.targets(rail).is_some() && self.tail_targets.contains_key(&rail)
+    }
+
+    /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
+    pub(super) fn is_cut(&self) -> bool {
+        self.source.record.is_cut || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
     }
 
     /// The immediate of `part`.
@@ -105,8 +113,8 @@ impl PushEntry {
         &self,
         rail: usize,
         remote_rail: u8,
-    ) -> Option<(u64, LocalKey, u32, Target)> {
-        let target = *self.tail_targets.get(&remote_rail)?;
+    ) -> Option<(u64, LocalKey, u32, (u64, RemoteKey))> {
+        let target = self.tail_targets.get(&remote_rail)?.first();
         let (address, key) = self.tail_slot.local(rail)?;
         Some((address, key, self.tail_bytes, target))
     }
@@ -137,6 +145,7 @@ impl Core {
         self.timers
             .at(push.machine.next_deadline(), Timer::Push(id));
         self.pushes.insert(id, push);
+        self.tell_push_opening(id);
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
@@ -205,12 +214,12 @@ impl Core {
         match result {
             Ok(()) => {
                 let round_trip = self.now - push.opened;
-                tracing::debug!(push = id, ?round_trip, "push open");
                 push.shared
                     .signal
                     .update(|phase| *phase = PushPhase::Active);
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_open(conn, id, round_trip);
             }
             Err(error) => self.stop_push(id, PushEnd::Failed(error)),
         }
@@ -387,6 +396,7 @@ impl Core {
             PushAction::StopPosting => {
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_stopping(conn, id);
                 self.drop_tasks(conn, id);
             }
             PushAction::Fence => {
@@ -398,6 +408,7 @@ impl Core {
                     peer: session.name(),
                     waited: self.config.drain_timeout,
                 };
+                self.tell_forced(conn, id, None);
                 self.end_session(
                     conn,
                     error,
@@ -432,9 +443,9 @@ impl Core {
                     }
                     self.leave_session(conn, id);
                 }
-                push.shared
-                    .signal
-                    .update(|phase| *phase = PushPhase::Ended(result));
+                let after = self.now - push.opened;
+                let trace = self.tell_push_end(&push, after, result.as_ref().map(|_| ()));
+                push.shared.end(result, trace);
             }
         }
     }
@@ -507,9 +518,9 @@ impl Core {
                     };
                     self.count_push(false);
                     let failure = PushError::Unfenced(Box::new(source.clone()));
-                    push.shared
-                        .signal
-                        .update(|phase| *phase = PushPhase::Ended(Err(failure)));
+                    let after = self.now - push.opened;
+                    let trace = self.tell_push_end(&push, after, Err(&failure));
+                    push.shared.end(Err(failure), trace);
                     std::mem::forget(push);
                 }
                 _ => self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone()))),

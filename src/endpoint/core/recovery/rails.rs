@@ -61,6 +61,7 @@ impl Core {
     pub(in crate::endpoint::core) fn rail_failed(&mut self, rail: usize, error: &FabricError) {
         // It would say so again and again.
         self.rails[rail].dead = true;
+        self.tell_rail_failed(rail);
         tracing::error!(%error, "rail failed");
         self.fail_lanes(rail, error, |_| true);
         self.each_session_of(rail, |core, conn| match core.sessions.get(&conn) {
