@@ -176,7 +176,7 @@ impl Core {
             return;
         };
         if moving {
-            let lane = usize::from(session.choose(&self.rails, self.now, bytes));
+            let lane = usize::from(session.choose(&self.rails, self.now, bytes, |_| Some(0)));
             session.lanes[lane].enqueue(Task::Access { access: id, bytes });
             self.pump(conn, lane);
         } else if session.phase != Phase::Connecting {
@@ -382,7 +382,7 @@ impl Core {
     }
 
     pub(super) fn close_accesses(&mut self) {
-        for (_, access) in self.accesses.drain() {
+        for access in std::mem::take(&mut self.accesses).into_values() {
             access.shared.finish(Err(PeerError::Closed.into()));
         }
     }

@@ -8,6 +8,7 @@ mod limits;
 mod liveness;
 mod recovery;
 mod schedules;
+mod swarm;
 mod telemetry;
 mod unfenced;
 mod world;

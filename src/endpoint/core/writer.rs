@@ -6,7 +6,7 @@ use super::{
     Core,
     pump::{Current, Owner, Task},
     remote::{RemotePool, Target, prepare},
-    session::{LaneState, Phase, Session},
+    session::{Lane, LaneState, Phase, Session},
     timers::Timer,
     watch::Watch,
 };
@@ -86,10 +86,13 @@ impl PushEntry {
         self.remote.as_ref()?.targets.get(&rail)
     }
 
-    /// Whether it can be written through the peer's rail `rail`, as far as the peer has told.
-    pub(super) fn reaches(&self, rail: u8) -> bool {
-        self.blocks.is_none()
-            || self.targets(rail).is_some() && self.tail_targets.contains_key(&rail)
+    /// How far both ends of a lane are from the memory there, together; nothing if a pool does not use one of them.
+    pub(super) fn distance(&self, rail: usize, remote_rail: u8) -> Option<u16> {
+        let ours = *self.source.record.rails.get(rail)?;
+        let remote = self.remote.as_ref()?;
+        let reached = remote.targets.contains_key(&remote_rail)
+            && self.tail_targets.contains_key(&remote_rail);
+        reached.then_some(u16::from(ours?) + u16::from(remote.distance(remote_rail)))
     }
 
     /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
@@ -309,12 +312,13 @@ impl Core {
                 let page = planner.bytes_per_page(layer).unwrap_or(0);
                 page.saturating_mul(count.into())
             });
-            let lane = &mut push.lane_of[part as usize];
             // A part keeps to its lane, except when that is gone and its work has been moved.
-            let lane = match *lane {
-                Some(lane) if session.keeps(&self.rails, lane) => lane,
-                _ => *lane.insert(session.choose(&self.rails, self.now, bytes)),
-            };
+            let lane = push.lane_of[part as usize].filter(|&lane| session.keeps(&self.rails, lane));
+            let lane = lane.unwrap_or_else(|| {
+                let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+                session.choose(&self.rails, self.now, bytes, distance)
+            });
+            push.lane_of[part as usize] = Some(lane);
             push.machine.queue();
             session.lanes[usize::from(lane)].enqueue(Task::Pages {
                 push: id,
@@ -354,7 +358,8 @@ impl Core {
             return;
         };
         let (part, bytes) = (push.blocks_tail(), u64::from(push.tail_bytes));
-        let lane = usize::from(session.choose(&self.rails, self.now, bytes));
+        let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+        let lane = usize::from(session.choose(&self.rails, self.now, bytes, distance));
         let tail = Task::Tail {
             push: id,
             part,

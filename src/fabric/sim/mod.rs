@@ -93,19 +93,6 @@ impl SimNet {
         Arc::new(SimDevice::new(world, self.id, name, Some(pci)))
     }
 
-    /// A device with a port of another speed than the net's. The speed of a device that exists already stays.
-    pub fn device_with_speed(&self, name: &str, bits_per_second: u64) -> Arc<SimDevice> {
-        let mut world = self.world.lock();
-        if world.find(name).is_none() {
-            let index = world.device(name);
-            // The handle made below counts; this one does not.
-            world.devices[index].handles -= 1;
-            world.devices[index].bits_per_second = bits_per_second;
-        }
-        drop(world);
-        self.device(name)
-    }
-
     /// Virtual nanoseconds since the start.
     pub fn now(&self) -> u64 {
         self.world.lock().now

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::{
     completion::{CompletionQueue, Entry},
-    config::{SimConfig, wire_time},
+    config::SimConfig,
     event::{Event, EventQueue},
     faults::Faults,
     lane::{Lane, LaneState},
@@ -39,14 +39,13 @@ pub(super) struct DeviceState {
     pub(super) queue: Option<CompletionQueue>,
     pub(super) lanes: BTreeMap<LaneId, Lane>,
     pub(super) next_lane: u32,
+    pub(super) bits_per_second: u64,
     /// Lanes in line for the port.
     ready: Vec<LaneId>,
     transmit_queued: bool,
     port_free_at: u64,
     /// What its context has not handed out yet.
     pub(super) events: Vec<RailEvent>,
-    /// Speed of its port, where it is not that of the net.
-    pub(super) bits_per_second: u64,
 }
 
 impl DeviceState {
@@ -109,11 +108,11 @@ impl World {
             queue: None,
             lanes: BTreeMap::new(),
             next_lane: 1,
+            bits_per_second: self.config.bits_per_second,
             ready: Vec::new(),
             transmit_queued: false,
             port_free_at: 0,
             events: Vec::new(),
-            bits_per_second: self.config.bits_per_second,
         });
         self.devices.len() - 1
     }
@@ -237,7 +236,7 @@ impl World {
         }
         let bytes = self.send_next(at);
         let speed = self.devices[index].bits_per_second;
-        let busy = bytes.map_or(0, |bytes| wire_time(speed, bytes));
+        let busy = bytes.map_or(0, |bytes| SimConfig::wire_time(bytes, speed));
         let free_at = self.now.saturating_add(busy);
         self.devices[index].port_free_at = free_at;
         self.kick(at);

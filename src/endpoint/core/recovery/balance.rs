@@ -3,7 +3,7 @@
 //! A block goes where it is expected to be done first: behind what waits for the lane's rail, at the speed of the slower
 //! end. So rails of different speed get their shares, and one whose lanes are gone gets nothing.
 //!
-//! Invariant: while any lane works, the queues of lanes that are down on both sides are empty. Without one, work stays
+//! Invariant: work that a working lane could do does not wait on one that is down on both sides. What none can do stays
 //! where it is, so that the tasks of a part stay in order.
 
 use std::collections::HashSet;
@@ -19,12 +19,14 @@ use crate::{endpoint::control::ConnId, protocol::Time};
 const RAILS: usize = 32;
 
 impl Session {
-    /// The lane for `bytes` more. Those that work come first, and of them those that do not keep failing.
+    /// The lane for `bytes` more. Those that have a `distance` to the memory come first, then those that work, then
+    /// those that do not keep failing, then the nearest.
     pub(in crate::endpoint::core) fn choose(
         &mut self,
         rails: &[Rail],
         now: Time,
         bytes: u64,
+        distance: impl Fn(&Lane) -> Option<u16>,
     ) -> u16 {
         let count = self.lanes.len().max(1);
         let start = self.next_lane % count;
@@ -35,7 +37,9 @@ impl Session {
         }
         let known = self.lanes.iter().all(|lane| lane.speed > 0);
         let rank = |lane: &Lane| {
+            let distance = distance(lane);
             let class = match lane.works(rails) {
+                _ if distance.is_none() => 3,
                 true => u8::from(lane.backoff.suspect_until() > now),
                 false => 2,
             };
@@ -43,7 +47,7 @@ impl Session {
             let speed = if known { lane.speed } else { 1 };
             // In units small enough to tell single bytes at 2^40 bit/s apart.
             let time = (ahead << 44) / u128::from(speed);
-            (class, time, lane.load)
+            (class, distance, time, lane.load)
         };
         (0..self.lanes.len())
             .map(|step| (start + step) % count)
@@ -104,24 +108,31 @@ impl Core {
                 continue;
             }
             session.lanes[from].load -= task.bytes();
-            let mut place = None;
-            if let Some((push, part)) = task.part() {
-                let Some(push) = self.pushes.get_mut(&push) else {
-                    continue;
-                };
-                if !push.machine.may_post() {
-                    continue;
+            let (now, rails, bytes) = (self.now, &self.rails, task.bytes());
+            let lane = match task.part() {
+                None => session.choose(rails, now, bytes, |_| Some(0)),
+                Some((push, part)) => {
+                    let push = self.pushes.get_mut(&push);
+                    let Some(push) = push.filter(|push| push.machine.may_post()) else {
+                        continue;
+                    };
+                    let part = part as usize;
+                    let moved = push.lane_of.get(part).copied().flatten();
+                    // An earlier task of the part may have been moved already.
+                    let moved = moved.filter(|&lane| usize::from(lane) != from);
+                    let lane = moved.unwrap_or_else(|| {
+                        let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+                        let lane = session.choose(rails, now, bytes, distance);
+                        let works = session.lanes[usize::from(lane)].works(rails);
+                        // Those that work may all be far from this push's memory.
+                        if works { lane } else { from as u16 }
+                    });
+                    if let Some(place) = push.lane_of.get_mut(part) {
+                        *place = Some(lane);
+                    }
+                    lane
                 }
-                place = push.lane_of.get_mut(part as usize);
-            }
-            let lane = match &mut place {
-                // An earlier task of the part has been moved there.
-                Some(Some(lane)) if usize::from(*lane) != from => *lane,
-                _ => session.choose(&self.rails, self.now, task.bytes()),
             };
-            if let Some(place) = place {
-                *place = Some(lane);
-            }
             session.lanes[usize::from(lane)].enqueue(task);
             touched |= 1 << (lane % 64);
         }

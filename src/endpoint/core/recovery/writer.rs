@@ -281,14 +281,6 @@ impl Core {
                 return;
             }
         };
-        let keys = |push: &u64| {
-            let push = self.pushes.get(push);
-            push.is_none_or(|push| push.reaches(renewed.rail))
-        };
-        if !session.pushes.iter().all(keys) {
-            self.violation(conn, "a lane on a rail without keys");
-            return;
-        }
         lane.remote_rail = renewed.rail;
         lane.peer_receives = renewed.receives;
         lane.send = SendCredits::new(lane.config.send_depth, renewed.receives);
@@ -296,6 +288,23 @@ impl Core {
         let local = self.rails[rail].device.info().bits_per_second;
         lane.speed = slower(local, renewed.speed_bits);
         let Some(host) = host else { return };
+        // Work that waits here may be of a pool that the reader's rail does not reach.
+        let stranded = lane.queue.iter().any(|task| match task.owner() {
+            Owner::Push(id) => {
+                let push = self.pushes.get(&id);
+                push.is_some_and(|push| push.distance(rail, renewed.rail).is_none())
+            }
+            Owner::Access(_) => false,
+        });
+        if stranded {
+            let error = PeerError::LaneLost {
+                peer,
+                lane: renewed.lane,
+                detail: "it was made again on a rail that does not reach the pool".to_owned(),
+            };
+            self.lane_failed(conn, index, error);
+            return;
+        }
         let context = &mut self.rails[rail].context;
         if let Err(source) = context.connect_lane(id, &renewed.address, host, true) {
             let error = PeerError::Fabric {

@@ -209,7 +209,7 @@ fn a_push_survives_the_loss_of_a_lane() {
                 pair.push_all(&push);
                 pair.micros(step * 7);
                 let device = format!("sim{node}-0");
-                let lanes = pair.world.net.lanes(&device);
+                let lanes = pair.world.net.lanes_of(&device);
                 assert!(pair.world.net.fail_lane(&device, lanes[0]));
                 pair.run(100);
                 pair.assert_complete(&arrival, &push);
