@@ -3,14 +3,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64},
     },
     time::Duration,
 };
 
 use super::{
-    Endpoint, EndpointError, Owner, Polling,
+    Endpoint, EndpointError, Owner, Polling, RailChoice,
     config::{Config, Keepalive},
     core::Core,
     drain::DrainShared,
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     fabric::{Access, Device, FabricKind, verbs::VerbsConfig},
     memory::{HostMemory, Memory},
+    topology::Topology,
     wire::{Auth, Incarnation, MAX_LANES},
 };
 
@@ -36,6 +37,7 @@ const COMPLETIONS: u32 = 1 << 16;
 pub struct Builder {
     config: Config,
     devices: Vec<Arc<dyn Device>>,
+    topology: OnceLock<Topology>,
 }
 
 impl Builder {
@@ -43,6 +45,7 @@ impl Builder {
         Self {
             config: Config::default(),
             devices: Vec::new(),
+            topology: OnceLock::new(),
         }
     }
 
@@ -168,6 +171,20 @@ impl Builder {
         self
     }
 
+    /// Which rails the pages of a pool go through; [`super::PoolOptions::rails`] overrides it for one. Default
+    /// [`RailChoice::Nearest`].
+    pub fn rails(mut self, rails: RailChoice) -> Self {
+        self.config.rails = rails;
+        self
+    }
+
+    /// What this host is like, where its own `/sys` does not say, as in some containers; see
+    /// [`Topology::read`](crate::topology::Topology::read).
+    pub fn topology(mut self, topology: Topology) -> Self {
+        self.topology = OnceLock::from(topology);
+        self
+    }
+
     /// Most peers that metrics and [`Endpoint::stats`] tell apart by name; further ones are counted together as `others`.
     /// 0 counts all together. Default 256.
     pub fn metric_peers(mut self, peers: usize) -> Self {
@@ -239,6 +256,7 @@ impl Builder {
         let Self {
             mut config,
             devices: given,
+            topology,
         } = self;
         check(&config)?;
         let auth = config.auth.take().ok_or(EndpointError::NoAuth)?;
@@ -285,6 +303,7 @@ impl Builder {
             incarnation,
             addresses,
             devices,
+            topology,
             tails,
             registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),

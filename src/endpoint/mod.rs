@@ -10,6 +10,7 @@
 
 mod arrival;
 mod builder;
+mod choice;
 mod config;
 pub(crate) mod control;
 mod core;
@@ -37,6 +38,7 @@ use parking_lot::Mutex;
 pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
+    choice::RailChoice,
     config::Polling,
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
@@ -45,7 +47,7 @@ pub use self::{
         PushInputError,
     },
     export::{LocalRegion, RemoteRegion},
-    pool::{GrantOptions, Pool, PoolInUse},
+    pool::{GrantOptions, Pool, PoolInUse, PoolOptions},
     push::{Push, PushReport},
     regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths},
     telemetry::{Event, EventKind, FlightRecord, Levels, Outcomes, PeerStats, RailStats, Stats},

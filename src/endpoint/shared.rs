@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use super::{
     AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
     PushReport,
+    choice::RailDistance,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
@@ -28,6 +29,7 @@ use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::HostMemory,
+    topology::Topology,
     wire::{GrantId, Incarnation, PoolId, TailHeader},
 };
 
@@ -38,6 +40,8 @@ pub(crate) struct EndpointShared {
     pub(crate) incarnation: Incarnation,
     pub(crate) addresses: Vec<String>,
     pub(crate) devices: Vec<Arc<dyn Device>>,
+    /// This host's, read when it is needed first.
+    pub(crate) topology: OnceLock<Topology>,
     pub(crate) tails: Arc<TailArena>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) closed: AtomicBool,
@@ -85,6 +89,8 @@ pub(crate) struct PoolRecord {
     pub(crate) id: PoolId,
     pub(crate) layout: KvLayout,
     pub(crate) regions: Vec<Region>,
+    /// How far each rail is, in the endpoint's order.
+    pub(crate) rails: Vec<RailDistance>,
     /// Whether some region is cut on some rail, so that writes may have to be.
     pub(crate) is_cut: bool,
     /// Which region holds an address.
@@ -96,7 +102,12 @@ pub(crate) struct PoolRecord {
 }
 
 impl PoolRecord {
-    pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
+    pub(crate) fn new(
+        id: PoolId,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        rails: Vec<RailDistance>,
+    ) -> Self {
         let pages = layout.pages as usize;
         let entries: Vec<Entry> = (0..)
             .zip(&regions)
@@ -113,8 +124,14 @@ impl PoolRecord {
             index: AddressIndex::new(&entries),
             flushed: flushed(&regions),
             regions,
+            rails,
             reserved: Mutex::new(vec![0; pages]),
         }
+    }
+
+    /// Whether its pages may go through `rail`.
+    pub(crate) fn uses(&self, rail: usize) -> bool {
+        self.rails.get(rail).is_some_and(Option::is_some)
     }
 
     /// Makes what NICs have written visible to kernels that the devices start afterwards.

@@ -165,7 +165,7 @@ impl Core {
             return;
         };
         if moving {
-            let lane = usize::from(session.least_loaded());
+            let lane = usize::from(session.best_lane(|_| Some(0)));
             session.lanes[lane]
                 .queue
                 .push_back(Task::Access { access: id });

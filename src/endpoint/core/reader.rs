@@ -207,6 +207,12 @@ impl Core {
         arrival.opened = Some((conn, open.push, slot));
         let rails = session.rails();
         let record = &arrival.pool.record;
+        // A writer takes a rail without keys for one that the pool does not use.
+        let told: Vec<usize> = rails
+            .iter()
+            .copied()
+            .filter(|&rail| record.uses(rail))
+            .collect();
         let pool = open.want_pool.then(|| PoolDescriptor {
             pool: record.id,
             layout: record.layout.clone(),
@@ -215,9 +221,10 @@ impl Core {
                 .iter()
                 .map(|region| RegionDescriptor {
                     length: region.length(),
-                    keys: region_keys(region, &rails),
+                    keys: region_keys(region, &told),
                 })
                 .collect(),
+            distances: record.rails.iter().map(|rail| rail.unwrap_or(0)).collect(),
         });
         Ok(Accept {
             push: open.push,

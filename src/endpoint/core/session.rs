@@ -111,14 +111,18 @@ impl Session {
         }
     }
 
-    /// The lane with the least to do; in turn, if several have.
-    pub(super) fn least_loaded(&mut self) -> u16 {
+    /// Of the lanes of the least distance the one with the least to do; in turn, if several have. A lane without a
+    /// distance is taken only if there is no other.
+    pub(super) fn best_lane(&mut self, distance: impl Fn(&Lane) -> Option<u16>) -> u16 {
         let count = self.lanes.len().max(1);
         let start = self.next_lane % count;
         self.next_lane = start + 1;
         (0..self.lanes.len())
             .map(|step| (start + step) % count)
-            .min_by_key(|&lane| self.lanes[lane].backlog())
+            .min_by_key(|&lane| {
+                let lane = &self.lanes[lane];
+                (distance(lane).unwrap_or(u16::MAX), lane.backlog())
+            })
             .unwrap_or(0) as u16
     }
 

@@ -6,7 +6,7 @@ use super::{
     Core,
     pump::{Current, Task},
     remote::{RemotePool, Target, prepare},
-    session::{Phase, Session},
+    session::{Lane, Phase, Session},
     timers::Timer,
     watch::Watch,
 };
@@ -84,6 +84,15 @@ impl PushEntry {
     /// The peer's regions through its rail `rail`.
     pub(super) fn targets(&self, rail: u8) -> Option<&Arc<[Target]>> {
         self.remote.as_ref()?.targets.get(&rail)
+    }
+
+    /// How far both ends of a lane are from the memory there, together; nothing if a pool does not use one of them.
+    pub(super) fn distance(&self, rail: usize, remote_rail: u8) -> Option<u16> {
+        let ours = *self.source.record.rails.get(rail)?;
+        let remote = self.remote.as_ref()?;
+        let reached = remote.targets.contains_key(&remote_rail)
+            && self.tail_targets.contains_key(&remote_rail);
+        reached.then_some(u16::from(ours?) + u16::from(remote.distance(remote_rail)))
     }
 
     /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
@@ -293,7 +302,11 @@ impl Core {
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
             let completes = (*remaining == 0).then(|| push.imm(part));
-            let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
+            let lane = match push.lane_of[part as usize] {
+                Some(lane) => lane,
+                None => session.best_lane(|lane| push.distance(lane.rail, lane.remote_rail)),
+            };
+            push.lane_of[part as usize] = Some(lane);
             push.machine.queue();
             session.lanes[usize::from(lane)]
                 .queue
@@ -332,7 +345,8 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        let lane = usize::from(session.least_loaded());
+        let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+        let lane = usize::from(session.best_lane(distance));
         session.lanes[lane].queue.push_back(Task::Tail { push: id });
         self.pump(conn, lane);
     }

@@ -5,7 +5,7 @@ use std::{
     collections::{BinaryHeap, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     endpoint::{
-        Pool,
+        Pool, PoolOptions,
         config::Config,
         control::{CloseReason, ConnId},
         drain::DrainShared,
@@ -383,6 +383,7 @@ impl Node {
             Arc::clone(&tails),
         );
         let shared = Arc::new(EndpointShared {
+            topology: OnceLock::new(),
             config,
             incarnation,
             addresses: vec![format!("node-{index}:7700")],
@@ -426,7 +427,9 @@ impl Node {
             .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
             .collect();
         (
-            self.shared.register_pool(layout.clone(), shared).unwrap(),
+            self.shared
+                .register_pool(layout.clone(), shared, PoolOptions::default())
+                .unwrap(),
             memory,
         )
     }
