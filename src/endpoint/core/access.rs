@@ -373,7 +373,7 @@ impl Core {
     }
 
     pub(super) fn close_accesses(&mut self) {
-        for (_, access) in self.accesses.drain() {
+        for access in std::mem::take(&mut self.accesses).into_values() {
             access.shared.finish(Err(PeerError::Closed.into()));
         }
     }

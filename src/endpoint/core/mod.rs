@@ -48,7 +48,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 pub(crate) use self::{
     access::{AccessEntry, AccessOp, ExportRecord, RegionKeys},
@@ -106,6 +106,9 @@ impl Rail {
 pub(crate) type OpenRail = (Arc<dyn Device>, Box<dyn Context>, u32);
 
 /// See the module's documentation.
+///
+/// Its maps are ordered: where one is walked through, two cores to which the same has happened do the same, in the same
+/// order. A schedule of the simulation repeats exactly because of that.
 pub(crate) struct Core {
     config: Arc<Config>,
     incarnation: Incarnation,
@@ -113,16 +116,16 @@ pub(crate) struct Core {
     rails: Vec<Rail>,
     control: Box<dyn Control>,
     next_conn: u64,
-    sessions: HashMap<ConnId, Session>,
+    sessions: BTreeMap<ConnId, Session>,
     /// Sessions that this side dialled, by whom it expects there.
-    dialled: HashMap<Incarnation, ConnId>,
-    lanes: HashMap<(usize, LaneId), (ConnId, usize)>,
-    pools: HashMap<PoolId, Arc<PoolRecord>>,
-    arrivals: HashMap<u32, ArrivalEntry>,
-    pushes: HashMap<u64, PushEntry>,
-    exports: HashMap<u32, Arc<ExportRecord>>,
-    accesses: HashMap<u64, AccessEntry>,
-    connects: HashMap<ConnId, ConnectEntry>,
+    dialled: BTreeMap<Incarnation, ConnId>,
+    lanes: BTreeMap<(usize, LaneId), (ConnId, usize)>,
+    pools: BTreeMap<PoolId, Arc<PoolRecord>>,
+    arrivals: BTreeMap<u32, ArrivalEntry>,
+    pushes: BTreeMap<u64, PushEntry>,
+    exports: BTreeMap<u32, Arc<ExportRecord>>,
+    accesses: BTreeMap<u64, AccessEntry>,
+    connects: BTreeMap<ConnId, ConnectEntry>,
     next_request: u64,
     /// Asked so far whether a peer is there.
     pings: u64,
@@ -167,15 +170,15 @@ impl Core {
             rails,
             control,
             next_conn: 0,
-            sessions: HashMap::new(),
-            dialled: HashMap::new(),
-            lanes: HashMap::new(),
-            pools: HashMap::new(),
-            arrivals: HashMap::new(),
-            pushes: HashMap::new(),
-            exports: HashMap::new(),
-            accesses: HashMap::new(),
-            connects: HashMap::new(),
+            sessions: BTreeMap::new(),
+            dialled: BTreeMap::new(),
+            lanes: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            arrivals: BTreeMap::new(),
+            pushes: BTreeMap::new(),
+            exports: BTreeMap::new(),
+            accesses: BTreeMap::new(),
+            connects: BTreeMap::new(),
             next_request: 0,
             pings: 0,
             tails,

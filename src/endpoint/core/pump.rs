@@ -6,7 +6,7 @@
 //! Slots come first: a request is built only after its send-queue slot, and the peer's receive if it carries an
 //! immediate, have been taken. When there are none the lane waits for completions or credits.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     AccessEntry, Core, PushEntry, Rail,
@@ -85,8 +85,8 @@ struct Work<'a> {
     rail: &'a mut Rail,
     /// Where it is counted.
     meters: Option<&'a RailMeters>,
-    pushes: &'a mut HashMap<u64, PushEntry>,
-    accesses: &'a mut HashMap<u64, AccessEntry>,
+    pushes: &'a mut BTreeMap<u64, PushEntry>,
+    accesses: &'a mut BTreeMap<u64, AccessEntry>,
     scratch: &'a mut Scratch,
 }
 
