@@ -78,7 +78,7 @@ pub(crate) const MUTATIONS: &[Mutation] = &[
         file: "src/endpoint/core/reader.rs",
         find: ".filter(|arrival| arrival.grant.id() == open.grant)",
         replace: ".filter(|arrival| arrival.grant.id().slot == open.grant.slot)",
-        tests: &["core::tests::hostile", "core::tests::garbage", SCHEDULES],
+        tests: &["core::tests::grants", "core::tests::hostile"],
     },
     Mutation {
         name: "the-digest-of-a-grant-is-not-compared",
@@ -86,7 +86,7 @@ pub(crate) const MUTATIONS: &[Mutation] = &[
         file: "src/endpoint/core/reader.rs",
         find: "!arrival.grant.digest().matches(&open.digest) ||",
         replace: "",
-        tests: &["core::tests::hostile", "core::tests::garbage", SCHEDULES],
+        tests: &["core::tests::grants", "core::tests::hostile"],
     },
     Mutation {
         name: "the-incarnation-of-a-grant-is-not-compared",
@@ -94,7 +94,7 @@ pub(crate) const MUTATIONS: &[Mutation] = &[
         file: "src/endpoint/core/reader.rs",
         find: "if open.incarnation != self.incarnation {\n            return Err((",
         replace: "if false {\n            return Err((",
-        tests: &["core::tests::hostile", "core::tests::garbage", SCHEDULES],
+        tests: &["core::tests::grants", "core::tests::hostile"],
     },
     Mutation {
         name: "the-generation-of-a-tail-is-not-compared",
@@ -131,7 +131,7 @@ pub(crate) const MUTATIONS: &[Mutation] = &[
         file: "src/endpoint/core/reader.rs",
         find: "PartOutcome::Unknown => self.violation(conn, \"a part beyond those of the grant\"),",
         replace: "PartOutcome::Unknown => {}",
-        tests: &["core::tests::hostile", "core::tests::garbage", SCHEDULES],
+        tests: &["core::tests::grants", "core::tests::hostile"],
     },
     Mutation {
         name: "an-access-one-byte-beyond-its-region",
