@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::{
-    fabric::{Access, Device, FabricError, MemoryKeys},
+    fabric::{Access, Device, FabricError, FileRange, MemoryKeys},
     memory::Memory,
 };
 
@@ -38,14 +38,37 @@ impl Region {
         for device in rails {
             // SAFETY: `Memory` promises the range until the value is dropped; this region holds it, and the driver
             // deregisters every key before it drops the region.
-            match unsafe {
-                device.register(region.memory.address(), region.memory.length(), access)
-            } {
+            match unsafe { Self::register_with(&**device, &*region.memory, access) } {
                 Ok(keys) => region.keys.push(keys),
                 Err(error) => return Err(Box::new((error, region))),
             }
         }
         Ok(region)
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Device::register`] of all of `memory`.
+    unsafe fn register_with(
+        device: &dyn Device,
+        memory: &dyn Memory,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        let (address, length) = (memory.address(), memory.length());
+        match memory.file() {
+            Some((fd, offset)) => {
+                let range = FileRange {
+                    fd,
+                    offset,
+                    address,
+                    length,
+                };
+                // SAFETY: the caller's promise; `Memory::file` says that the memory maps the file.
+                unsafe { device.register_file(&range, access) }
+            }
+            // SAFETY: the caller's promise.
+            None => unsafe { device.register(address, length, access) },
+        }
     }
 
     /// Address of the first byte.

@@ -14,6 +14,8 @@ pub use device::{
 pub use error::MemoryError;
 pub use host::{HostMemory, HugePages};
 
+use std::os::fd::BorrowedFd;
+
 /// The kind of a piece of memory, for people and for choosing how to register it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -43,6 +45,11 @@ pub unsafe trait Memory: Send + Sync + std::fmt::Debug {
 
     /// What kind it is.
     fn kind(&self) -> MemoryKind;
+
+    /// The file that it is a shared mapping of, and where in the file it begins, if another process may map it too.
+    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
 
     /// What it can do beyond being addresses, if it lives on a device. Host memory has nothing.
     fn device(&self) -> Option<&dyn DeviceMemory> {
