@@ -77,4 +77,5 @@ macro_rules! all_cases {
 
 all_cases!(sim);
 all_cases!(tcp);
+all_cases!(shm);
 all_cases!(verbs #[ignore = "needs an RDMA device: cargo xtask rxe"]);

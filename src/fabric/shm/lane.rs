@@ -62,7 +62,7 @@ pub(super) struct ReceiveQueue {
 }
 
 impl ReceiveQueue {
-    fn new(depth: u32) -> Self {
+    pub(super) fn new(depth: u32) -> Self {
         Self {
             depth,
             posted: depth,

@@ -42,3 +42,6 @@ mod sys;
 mod wire;
 
 pub use device::{ShmConfig, ShmDevice};
+
+#[cfg(test)]
+mod tests;

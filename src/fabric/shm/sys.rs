@@ -364,7 +364,15 @@ impl Process {
         Ok(Self { pid, handle })
     }
 
-    /// Whether it runs, or is a zombie that nobody has waited for. As long as it does, its number is its own.
+    /// As if the process that `alive` names had the number `pid`.
+    #[cfg(test)]
+    pub(super) fn with_number(pid: libc::pid_t, alive: libc::pid_t) -> io::Result<Self> {
+        // SAFETY: no pointers.
+        let handle = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, alive, 0) } as i32)?;
+        Ok(Self { pid, handle })
+    }
+
+    /// Whether it runs, rather than having ended. As long as it does, its number is its own.
     pub(super) fn is_alive(&self) -> bool {
         let mut poll = libc::pollfd {
             fd: self.handle.as_raw_fd(),
