@@ -104,12 +104,14 @@
 //! * [`kv`]: layouts, presets of engines and models, tensor-parallel shards ([`kv::shard::pairing`]).
 //! * [`memory`]: host memory, and how to bring your own.
 //! * [`fabric`]: devices and their settings; [`fabric::sim`] for tests.
+//! * [`topology`]: where GPUs and NICs are, and which are near to each other.
 
 pub mod endpoint;
 pub mod fabric;
 pub mod kv;
 pub mod memory;
 mod protocol;
+pub mod topology;
 pub(crate) mod wire;
 
 pub use endpoint::{Arrival, Endpoint, Pool, Push};

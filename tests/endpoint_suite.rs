@@ -5,6 +5,8 @@
 
 #[path = "endpoint_suite/access.rs"]
 mod access;
+#[path = "endpoint_suite/drain.rs"]
+mod drain;
 #[path = "endpoint_suite/fixture.rs"]
 mod fixture;
 #[path = "endpoint_suite/inputs.rs"]
@@ -15,6 +17,8 @@ mod lifecycle;
 mod mover;
 #[path = "endpoint_suite/transfers.rs"]
 mod transfers;
+#[path = "endpoint_suite/vanish.rs"]
+mod vanish;
 
 /// One `#[test]` for each case over one fabric.
 macro_rules! suite {
@@ -71,6 +75,10 @@ macro_rules! all_cases {
             lifecycle::nothing_is_left_behind,
             access::an_exported_region_is_read_and_written,
             access::what_is_not_allowed_is_refused,
+            vanish::a_peer_vanishes,
+            drain::a_drain_lets_pushes_finish,
+            drain::a_drain_cuts_what_does_not_finish,
+            drain::a_peer_is_disconnected,
         );
     };
 }

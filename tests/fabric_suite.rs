@@ -9,6 +9,8 @@
 mod access;
 #[path = "fabric_suite/checker.rs"]
 mod checker;
+#[path = "fabric_suite/dmabuf.rs"]
+mod dmabuf;
 #[path = "fabric_suite/factories.rs"]
 mod factories;
 #[path = "fabric_suite/faults.rs"]
@@ -21,6 +23,8 @@ mod queues;
 mod transfers;
 #[path = "fabric_suite/waiting.rs"]
 mod waiting;
+#[path = "fabric_suite/windows.rs"]
+mod windows;
 
 /// One `#[test]` for each case and the fabric made by `$factory`.
 macro_rules! suite {
@@ -74,6 +78,11 @@ macro_rules! all_cases {
             access::deregistered_key_is_refused,
             access::foreign_local_key_is_refused,
             access::refusal_keeps_earlier_writes,
+            dmabuf::windows_open_their_range,
+            dmabuf::writes_land_at_any_offset,
+            dmabuf::sends_and_reads_from_any_offset,
+            dmabuf::outside_of_the_range_is_refused,
+            dmabuf::a_mapping_ends_with_its_registration,
             faults::fence_stops_a_stream,
             faults::fence_flushes_in_order,
             faults::unsignaled_failure_completes,
@@ -82,6 +91,16 @@ macro_rules! all_cases {
             waiting::sleeper_wakes_for_a_receive,
             waiting::sleeper_wakes_for_a_send_completion,
             waiting::idle_context_sleeps,
+            windows::a_window_opens_its_range,
+            windows::outside_of_the_window_is_refused,
+            windows::a_window_taken_back_is_shut,
+            windows::another_lane_cannot_use_a_window,
+            windows::binding_again_gives_another_key,
+            windows::many_windows,
+            windows::windows_run_out_with_a_typed_error,
+            windows::impossible_windows_are_refused,
+            windows::rights_of_a_window_are_its_own,
+            windows::taking_back_stops_a_stream,
         );
     };
 }

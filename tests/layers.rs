@@ -3,13 +3,17 @@
 use std::{fs, path::Path};
 
 /// Each layer, and those it may use beside itself.
-const LAYERS: [(&str, &[&str]); 6] = [
+const LAYERS: [(&str, &[&str]); 7] = [
     ("kv", &[]),
     ("wire", &["kv"]),
     ("protocol", &[]),
     ("memory", &[]),
-    ("fabric", &["wire"]),
-    ("endpoint", &["kv", "wire", "protocol", "memory", "fabric"]),
+    ("topology", &["memory"]),
+    ("fabric", &["wire", "memory"]),
+    (
+        "endpoint",
+        &["kv", "wire", "protocol", "memory", "topology", "fabric"],
+    ),
 ];
 
 fn sources(folder: &Path, found: &mut Vec<(String, String)>) {

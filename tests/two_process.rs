@@ -11,9 +11,13 @@ mod child;
 #[path = "two_process/content.rs"]
 mod content;
 // Shared with the endpoint suite, which uses more of it.
+#[path = "two_process/drained.rs"]
+mod drained;
 #[allow(dead_code)]
 #[path = "endpoint_suite/fixture.rs"]
 mod fixture;
+#[path = "two_process/idle.rs"]
+mod idle;
 #[path = "two_process/killed.rs"]
 mod killed;
 #[allow(dead_code)]
@@ -47,6 +51,10 @@ macro_rules! all_cases {
                 stopped::a_stopped_writer_expires
                 stopped::a_stopped_reader_expires
                 stopped::a_stopped_reader_is_cancelled
+                idle::an_idle_writer_stops
+                idle::an_idle_reader_stops
+                drained::a_reader_goes_after_its_pushes
+                drained::a_writer_goes_in_the_middle
                 opening::a_writer_stops_while_it_opens
                 opening::a_reader_dies_while_it_is_asked
                 bystanders::of_a_stopped_writer

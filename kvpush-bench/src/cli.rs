@@ -72,6 +72,8 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) fabric: FabricArgs,
     #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
@@ -86,6 +88,8 @@ pub(crate) struct ServeArgs {
     pub(crate) key: KeyArgs,
     #[command(flatten)]
     pub(crate) fabric: FabricArgs,
+    #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
     /// Most memory that a pusher's workload may take here [default: half of what is available]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory_limit: Option<u64>,
@@ -105,6 +109,8 @@ pub(crate) struct PushArgs {
 pub(crate) struct DecodeArgs {
     #[command(flatten)]
     pub(crate) fabric: FabricArgs,
+    #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
 }
 
 #[derive(Debug, Args)]
@@ -160,6 +166,72 @@ pub(crate) struct FabricArgs {
     /// hosts that may take longer to answer, such as emulated ones
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=31))]
     pub(crate) ack_timeout: Option<u8>,
+}
+
+/// Where the pools are.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Memory")]
+pub(crate) struct MemoryArgs {
+    /// Memory of the pools of this side (without a command, of both): host, hip or cuda (a GPU's; hip:2 is the third),
+    /// or udmabuf (host memory that is known by a dmabuf, as a GPU's is)
+    #[arg(long, value_name = "KIND", default_value = "host", value_parser = memory)]
+    pub(crate) memory: MemoryChoice,
+}
+
+/// A kind of memory, and of which device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MemoryChoice {
+    pub(crate) kind: MemoryKind,
+    /// The GPU's number in its runtime.
+    pub(crate) device: u32,
+}
+
+/// A kind of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MemoryKind {
+    Host,
+    Hip,
+    Cuda,
+    Udmabuf,
+}
+
+impl MemoryChoice {
+    #[cfg(test)]
+    pub(crate) const HOST: Self = Self {
+        kind: MemoryKind::Host,
+        device: 0,
+    };
+}
+
+impl std::fmt::Display for MemoryChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            MemoryKind::Host => f.write_str("host"),
+            MemoryKind::Udmabuf => f.write_str("udmabuf"),
+            MemoryKind::Hip => write!(f, "hip:{}", self.device),
+            MemoryKind::Cuda => write!(f, "cuda:{}", self.device),
+        }
+    }
+}
+
+fn memory(text: &str) -> Result<MemoryChoice, String> {
+    let (name, number) = match text.split_once(':') {
+        Some((name, number)) => (name, Some(number)),
+        None => (text, None),
+    };
+    let kind = match (name, number) {
+        ("host", None) => MemoryKind::Host,
+        ("udmabuf", None) => MemoryKind::Udmabuf,
+        ("hip", _) => MemoryKind::Hip,
+        ("cuda", _) => MemoryKind::Cuda,
+        _ => return Err("known are host, hip, cuda and udmabuf, and hip:N and cuda:N".to_owned()),
+    };
+    let device = number.map_or(Ok(0), |number| {
+        number
+            .parse()
+            .map_err(|_| format!("{number:?} is no number of a GPU"))
+    })?;
+    Ok(MemoryChoice { kind, device })
 }
 
 /// Where keys, values and heads of a page lie.

@@ -11,7 +11,7 @@ use kvpush::Auth;
 
 use crate::{
     cases,
-    cli::{FabricArgs, FabricChoice, RunArgs},
+    cli::{FabricArgs, FabricChoice, MemoryChoice, RunArgs},
     error::{Context, Error, Result},
     measure, out,
     push::Session,
@@ -28,7 +28,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let mut key = [0; 32];
     random_bytes(&mut key)?;
     let key = to_hex(&key);
-    let mut decode = Decode::start(&args.fabric, &key)?;
+    let mut decode = Decode::start(&args.fabric, args.memory.memory, &key)?;
     out::say(format_args!(
         "prefill: process {}; decode: process {}",
         std::process::id(),
@@ -54,14 +54,15 @@ struct Decode {
 }
 
 impl Decode {
-    fn start(fabric: &FabricArgs, key: &str) -> Result<Self> {
+    fn start(fabric: &FabricArgs, memory: MemoryChoice, key: &str) -> Result<Self> {
         let program = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(program);
         // In the environment, where other users do not see it, unlike arguments.
         command
             .env(CHILD_KEY, key)
             .arg("decode")
-            .args(arguments(fabric));
+            .args(arguments(fabric))
+            .args(["--memory".to_owned(), memory.to_string()]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("start the decode process")?;
         let mut line = String::new();

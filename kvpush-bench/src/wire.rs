@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Changes with every incompatible change of the messages.
-pub(crate) const PROTOCOL: u32 = 1;
+pub(crate) const PROTOCOL: u32 = 2;
 
 /// Most bytes of one line. A grant of the most pages there are, in hexadecimal, fits.
 const MAX_LINE: u64 = 4 << 20;
@@ -58,6 +58,8 @@ pub(crate) enum ToPusher {
     Ready {
         rails: Vec<Rail>,
         why_no_rdma: Option<String>,
+        /// Where the pools are.
+        memory: String,
     },
     /// Part of the answer to `Round`: one for each request and pair of ranks.
     Grant {

@@ -11,8 +11,9 @@ use std::{
 
 use super::{
     Endpoint, EndpointError, Owner, Polling,
-    config::Config,
+    config::{Config, Keepalive},
     core::Core,
+    drain::DrainShared,
     driver::{self, ControlAdapter, Driver},
     rails,
     region::Region,
@@ -126,6 +127,12 @@ impl Builder {
         self
     }
 
+    /// Sessions that peers may have made with this endpoint at once; further ones are refused as busy. Default 1024.
+    pub fn max_peers(mut self, sessions: u32) -> Self {
+        self.config.max_peers = sessions;
+        self
+    }
+
     /// Time to reach a peer and open a grant there. Default 10 s.
     pub fn open_timeout(mut self, timeout: Duration) -> Self {
         self.config.open_timeout = timeout;
@@ -141,6 +148,23 @@ impl Builder {
     /// Time that a writer has to answer when its grant is taken back before its lanes are fenced. Default 500 ms.
     pub fn revoke_grace(mut self, grace: Duration) -> Self {
         self.config.revoke_grace = grace;
+        self
+    }
+
+    /// A peer from which nothing has come for `interval` is asked whether it is there; one that is silent for `timeout`
+    /// is given up: its lanes are fenced, and its pushes and arrivals end with [`PeerError::Silent`]. Any message counts
+    /// as an answer. Default 5 s and 15 s.
+    ///
+    /// [`PeerError::Silent`]: super::PeerError::Silent
+    pub fn keepalive(mut self, interval: Duration, timeout: Duration) -> Self {
+        self.config.keepalive = Some(Keepalive { interval, timeout });
+        self
+    }
+
+    /// Never gives up a peer because it is silent. What waits for the peer still has its own deadline, but an idle
+    /// session with a peer that has vanished stays.
+    pub fn no_keepalive(mut self) -> Self {
+        self.config.keepalive = None;
         self
     }
 
@@ -207,6 +231,7 @@ impl Builder {
             devices,
             tails: Arc::clone(&tails),
             closed: AtomicBool::new(false),
+            drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
@@ -247,6 +272,7 @@ fn check(config: &Config) -> Result<(), EndpointError> {
         ("parts_per_layer", config.parts_per_layer.into(), 1, 1024),
         ("tail_capacity", config.tail_capacity.into(), 0, 1 << 20),
         ("max_transfers", config.max_transfers.into(), 1, 1 << 16),
+        ("max_peers", config.max_peers.into(), 1, 4096),
     ];
     for (setting, value, least, most) in ranges {
         if !(least..=most).contains(&value) {
@@ -258,6 +284,21 @@ fn check(config: &Config) -> Result<(), EndpointError> {
             return Err(EndpointError::Setting {
                 setting,
                 value: value.to_string(),
+                why,
+            });
+        }
+    }
+    if let Some(Keepalive { interval, timeout }) = config.keepalive {
+        let why = match () {
+            () if interval < Duration::from_millis(10) => "asks more often than every 10 ms",
+            () if timeout < 2 * interval => "gives up before a second question",
+            () if timeout > Duration::from_secs(86_400) => "gives up after more than a day",
+            () => "",
+        };
+        if !why.is_empty() {
+            return Err(EndpointError::Setting {
+                setting: "keepalive",
+                value: format!("{interval:?}, {timeout:?}"),
                 why,
             });
         }

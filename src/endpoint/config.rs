@@ -16,6 +16,15 @@ pub enum Polling {
     Busy,
 }
 
+/// How an endpoint finds out that a peer is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Keepalive {
+    /// The silence after which a peer is asked whether it is there.
+    pub(crate) interval: Duration,
+    /// The silence after which it is given up.
+    pub(crate) timeout: Duration,
+}
+
 /// An endpoint's settings.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -33,9 +42,11 @@ pub(crate) struct Config {
     pub(crate) parts_per_layer: u16,
     pub(crate) tail_capacity: u32,
     pub(crate) max_transfers: u32,
+    pub(crate) max_peers: u32,
     pub(crate) open_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
+    pub(crate) keepalive: Option<Keepalive>,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -57,9 +68,14 @@ impl Default for Config {
             parts_per_layer: 4,
             tail_capacity: 1016,
             max_transfers: 2048,
+            max_peers: 1024,
             open_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
             revoke_grace: Duration::from_millis(500),
+            keepalive: Some(Keepalive {
+                interval: Duration::from_secs(5),
+                timeout: Duration::from_secs(15),
+            }),
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

@@ -132,6 +132,9 @@ pub enum IssueError {
     /// The request's name is too long, or another part of the grant cannot be encoded.
     #[error("the grant cannot be encoded: {0}")]
     Encode(#[from] GrantError),
+    /// The endpoint is going away ([`Endpoint::drain`](super::Endpoint::drain)).
+    #[error("the endpoint is draining")]
+    Draining,
     /// The endpoint has been shut down.
     #[error("the endpoint is shut down")]
     Closed,
@@ -234,6 +237,15 @@ pub enum PeerError {
         /// How long it had.
         waited: Duration,
     },
+    /// This endpoint ended the session ([`Endpoint::disconnect`](super::Endpoint::disconnect)).
+    #[error("this endpoint has disconnected from {peer}")]
+    Disconnected {
+        /// Its address.
+        peer: String,
+    },
+    /// This endpoint is going away ([`Endpoint::drain`](super::Endpoint::drain)).
+    #[error("the endpoint is draining")]
+    Draining,
     /// This endpoint has been shut down.
     #[error("the endpoint is shut down")]
     Closed,
@@ -265,9 +277,10 @@ impl PeerError {
             | Self::Restarted { .. }
             | Self::Lane { .. }
             | Self::Silent { .. }
+            | Self::Disconnected { .. }
             | Self::Goodbye { .. } => true,
             Self::Fabric { source, .. } => source.is_retryable(),
-            Self::Protocol { .. } | Self::Closed => false,
+            Self::Protocol { .. } | Self::Draining | Self::Closed => false,
         }
     }
 }

@@ -88,6 +88,9 @@ impl Endpoint {
     }
 
     fn start_open(&self, token: &RegionToken) -> Result<Arc<AccessShared>, AccessError> {
+        if self.shared().drain.has_begun() {
+            return Err(PeerError::Draining.into());
+        }
         let shared = Arc::new(AccessShared::new());
         let timeout = self.shared().config.open_timeout;
         let entry = AccessEntry::new(token.clone(), AccessOp::Open, Arc::clone(&shared), timeout);
@@ -208,6 +211,9 @@ impl RemoteRegion {
         if length == 0 {
             shared.finish(Ok(()));
             return Ok(shared);
+        }
+        if self.endpoint.drain.has_begun() {
+            return Err(PeerError::Draining.into());
         }
         let op = AccessOp::Move {
             read,

@@ -13,6 +13,7 @@ mod builder;
 mod config;
 pub(crate) mod control;
 mod core;
+mod drain;
 mod driver;
 mod error;
 mod export;
@@ -37,6 +38,7 @@ pub use self::{
     builder::Builder,
     config::Polling,
     control::{CloseReason, DialError, DialFailure},
+    drain::{DrainCount, DrainReport},
     error::{
         AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
     },
@@ -112,6 +114,9 @@ impl Endpoint {
     }
 
     fn start_connect(&self, address: &str) -> Result<Arc<ConnectShared>, PeerError> {
+        if self.shared().drain.has_begun() {
+            return Err(PeerError::Draining);
+        }
         let shared = Arc::new(ConnectShared::new(None));
         let entry = ConnectEntry::new(address.to_owned(), Arc::clone(&shared));
         if self.shared().command(Command::Connect(entry)) {
@@ -119,6 +124,13 @@ impl Endpoint {
         } else {
             Err(PeerError::Closed)
         }
+    }
+
+    /// Ends all sessions with `peer`, dialled and accepted: its lanes are fenced, and what ran over them ends with
+    /// [`PeerError::Disconnected`]. A later push or connection makes a new session. Does not wait.
+    pub fn disconnect(&self, peer: Incarnation) {
+        // Without a driver there are no sessions.
+        self.shared().command(Command::Disconnect(peer));
     }
 
     /// Shuts down now, without waiting for other handles to be dropped. Blocks until the threads have ended.

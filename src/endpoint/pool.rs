@@ -159,6 +159,9 @@ impl Pool {
     pub fn grant_with(&self, pages: &[u32], options: GrantOptions) -> Result<Arrival, IssueError> {
         let (record, endpoint) = (&self.handle.record, &self.handle.endpoint);
         let config = &endpoint.config;
+        if endpoint.drain.has_begun() {
+            return Err(IssueError::Draining);
+        }
         if options.deadline.is_zero() {
             return Err(IssueError::NoTime);
         }

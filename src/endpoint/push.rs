@@ -109,6 +109,9 @@ impl EndpointShared {
         timeout: Option<Duration>,
     ) -> Result<Push, PushError> {
         let shared = self;
+        if shared.drain.has_begun() {
+            return Err(PeerError::Draining.into());
+        }
         let id = shared.next_push.fetch_add(1, Ordering::Relaxed);
         let record = &pool.handle.record;
         let state = Arc::new(PushShared {

@@ -1,6 +1,8 @@
 //! What a rail is and what it can do. Every figure here is asked from the device, never assumed.
 
-use crate::wire::FabricKind;
+use crate::{memory::PciAddress, wire::FabricKind};
+
+use super::WindowCaps;
 
 /// The state of a rail's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +34,13 @@ pub struct Capabilities {
     pub mtu: u32,
     /// Whether one-sided reads are served.
     pub read: bool,
+    /// Memory windows, if there are any.
+    pub windows: Option<WindowCaps>,
+    /// Whether dmabufs can be registered. Asked once, with a bad descriptor, when the rail is opened.
+    pub dmabuf: bool,
+    /// Whether registrations may let the device reorder its accesses on the host's bus
+    /// (`IBV_ACCESS_RELAXED_ORDERING`).
+    pub relaxed_ordering: bool,
 }
 
 /// One rail: its name, state and capabilities.
@@ -49,6 +58,8 @@ pub struct DeviceInfo {
     pub link: LinkState,
     /// Link speed in bits per second, 0 if unknown.
     pub bits_per_second: u64,
+    /// The PCI function behind it, if there is one: where the rail is in the host.
+    pub pci: Option<PciAddress>,
     /// Limits.
     pub caps: Capabilities,
 }

@@ -19,12 +19,15 @@
 
 mod caps;
 mod error;
+mod mapping;
+mod registry;
 mod request;
 pub mod shm;
 pub mod sim;
 
 pub mod tcp;
 pub mod verbs;
+mod window;
 
 pub use crate::wire::{FabricKind, LaneAddress, RemoteKey};
 pub use caps::{Capabilities, DeviceInfo, LinkState};
@@ -33,6 +36,7 @@ pub use request::{
     Access, Completion, CompletionKind, DmabufRange, FileRange, LaneConfig, LaneId, LocalKey,
     MemoryKeys, MrId, Opcode, Sge, Status, WorkRequest,
 };
+pub use window::{Window, WindowBind, WindowCaps, WindowId};
 
 use std::{net::IpAddr, os::fd::RawFd, sync::Arc};
 
@@ -118,7 +122,8 @@ impl std::fmt::Debug for dyn Device {
 
 /// The data path of one rail. One thread owns it; nothing here blocks.
 pub trait Context: Send {
-    /// Ends a registration. No lane may have requests in flight that use it; afterwards no peer can reach it.
+    /// Ends a registration. No lane may have requests in flight that use it; afterwards no peer can reach it. Refused
+    /// with `EBUSY` while there are windows into it.
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError>;
 
     /// Creates a lane in the unconnected state, with `config.receive_depth` receives posted, and says how a peer
@@ -164,6 +169,42 @@ pub trait Context: Send {
         requests: &[WorkRequest],
         sges: &[Sge],
     ) -> Result<(), PostError>;
+
+    /// Makes a window into a registration for the peer of `lane`, which must be connected; see
+    /// [`Capabilities::windows`] for whether there are any and what they promise.
+    ///
+    /// It takes a slot of the lane's send queue and completes as [`CompletionKind::Sent`] with [`WindowBind::id`], not
+    /// necessarily in order with the lane's other requests. With success, the key is good from then on; before, a
+    /// device may refuse it. Otherwise the lane has failed.
+    ///
+    /// The window lasts until its invalidation has completed with success or its lane is destroyed. When the lane has
+    /// failed or is fenced no access through the window can begin.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricErrorKind::Limit`] if there are as many windows as the device has, [`FabricErrorKind::Memory`] for a
+    /// range or a right that the registration has not, or one that was made without windows in mind (a dmabuf: the
+    /// kernel has no flag for it), [`FabricErrorKind::QueueFull`], [`FabricErrorKind::LaneState`].
+    fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError>;
+
+    /// Takes a window back. It takes a slot of the lane's send queue and completes with `id`, as a binding does; windows
+    /// are bound and taken back in the order of the calls. Once the completion has been polled with success no access
+    /// through the window can begin, or (with [`WindowCaps::final_when_done`]) place another byte; the peer's next
+    /// attempt is refused, which fails the lane on both sides. If the peer is writing at that moment, the lane may fail
+    /// for that before the completion is reported, which is then [`Status::Flushed`]: fence the lane.
+    ///
+    /// A window may be taken back once, and before its binding has completed, too.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricErrorKind::Memory`] if the lane has no such window, [`FabricErrorKind::QueueFull`],
+    /// [`FabricErrorKind::LaneState`].
+    fn invalidate_window(
+        &mut self,
+        lane: LaneId,
+        id: u64,
+        window: WindowId,
+    ) -> Result<(), FabricError>;
 
     /// Replenishes `count` consumed receives of `lane`.
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError>;

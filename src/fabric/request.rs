@@ -13,6 +13,10 @@ pub struct Access {
     pub remote_write: bool,
     /// Peers may read from it.
     pub remote_read: bool,
+    /// The device may reorder its accesses on the host's bus (`IBV_ACCESS_RELAXED_ORDERING`, PCIe relaxed ordering),
+    /// where it can. Faster on some hosts, but then nothing orders the bytes of two writes, or of a write and what a
+    /// kernel of another device is told of it, except the completion; see `Builder::relaxed_ordering`.
+    pub relaxed_ordering: bool,
 }
 
 impl Access {
@@ -21,18 +25,21 @@ impl Access {
         local_write: true,
         remote_write: false,
         remote_read: false,
+        relaxed_ordering: false,
     };
     /// A destination of pushes.
     pub const REMOTE_WRITE: Self = Self {
         local_write: true,
         remote_write: true,
         remote_read: false,
+        relaxed_ordering: false,
     };
     /// Everything, for engines that pull.
     pub const ALL: Self = Self {
         local_write: true,
         remote_write: true,
         remote_read: true,
+        relaxed_ordering: false,
     };
 }
 

@@ -126,6 +126,58 @@ pub trait Copier: Send + fmt::Debug {
     fn is_done(&mut self, ticket: Ticket) -> Result<bool, MemoryError>;
 }
 
+/// A range of addresses of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Span {
+    /// The first byte.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+impl Span {
+    /// The address behind the last byte; `None` if there is no such address.
+    pub const fn end(self) -> Option<u64> {
+        self.address.checked_add(self.length)
+    }
+
+    /// Whether `other` lies wholly within.
+    pub fn contains(self, other: Span) -> bool {
+        match (self.end(), other.end()) {
+            (Some(end), Some(other_end)) => self.address <= other.address && other_end <= end,
+            _ => false,
+        }
+    }
+}
+
+/// What it takes until a kernel, started after a NIC's write was reported as placed, sees that write.
+///
+/// Nothing here reaches a kernel that is running already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Visibility {
+    /// Nothing: the device orders a NIC's writes before later kernels by itself, or the memory is the host's.
+    Ordered,
+    /// A call of the device's runtime, which the device says it supports.
+    RuntimeFlush,
+    /// A write to the device's HDP flush register and reading it back, which is what AMD's own runtime does.
+    HdpRegister,
+    /// Reading a byte back through the device's copy engine. The best there is where the device offers neither of the
+    /// others; no vendor promises that it suffices.
+    ReadBack,
+}
+
+impl fmt::Display for Visibility {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ordered => "ordered by the device",
+            Self::RuntimeFlush => "flush by the device's runtime",
+            Self::HdpRegister => "flush by the HDP register",
+            Self::ReadBack => "read-back (not promised to suffice)",
+        })
+    }
+}
+
 /// Memory that lives on a device. Any thread may call.
 pub trait DeviceMemory: Send + Sync + fmt::Debug {
     /// Whether this process may load and store at the memory's addresses. If not, only a device can.
@@ -134,12 +186,31 @@ pub trait DeviceMemory: Send + Sync + fmt::Debug {
     /// The PCI function that holds it, for choosing the nearest rail.
     fn location(&self) -> Option<PciAddress>;
 
-    /// Exports the whole memory (not more) as a dmabuf.
+    /// Exports the memory as a dmabuf; [`Dmabuf::offset`] is that of the memory's first byte. The file may hold more
+    /// than the memory, up to the whole allocation around it: register the memory's range only.
     ///
     /// # Errors
     ///
     /// Why it cannot be: not supported by driver or runtime, managed memory, and so on.
     fn export(&self) -> Result<Dmabuf, MemoryError>;
+
+    /// The allocation that the memory is a part of, if the runtime knows one that holds all of it. Engines cut many
+    /// regions out of one allocation; equal spans of one device are the same allocation, which need be exported only
+    /// once ([`DeviceMemory::export_allocation`]).
+    fn allocation(&self) -> Option<Span> {
+        None
+    }
+
+    /// Exports all of [`DeviceMemory::allocation`]; [`Dmabuf::offset`] is that of the allocation's first byte, so
+    /// memory at `address` lies at that offset plus `address - allocation.address`. The same as
+    /// [`DeviceMemory::export`] where there is no allocation known.
+    ///
+    /// # Errors
+    ///
+    /// As [`DeviceMemory::export`].
+    fn export_allocation(&self) -> Result<Dmabuf, MemoryError> {
+        self.export()
+    }
 
     /// Whether a NIC's driver may take the memory's own addresses (`ibv_reg_mr` with a peer-memory module).
     ///
@@ -155,7 +226,14 @@ pub trait DeviceMemory: Send + Sync + fmt::Debug {
     /// The device's runtime refuses.
     fn copier(&self) -> Result<Box<dyn Copier>, MemoryError>;
 
-    /// Makes what a NIC has written, and reported as placed, visible to kernels that the device starts afterwards.
+    /// What [`DeviceMemory::flush`] does, for reports.
+    fn visibility(&self) -> Visibility {
+        Visibility::Ordered
+    }
+
+    /// Makes what a NIC has written, and reported as placed, visible to kernels that the device starts afterwards, as
+    /// [`DeviceMemory::visibility`] says. It covers all memory of the device, so once is enough for any number of
+    /// completed writes. Takes no time worth mentioning if [`Visibility::Ordered`], and some microseconds otherwise.
     ///
     /// # Errors
     ///

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use super::{dmabuf::DmabufError, gpu::GpuError};
+
 /// Why memory could not be had or reached.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -34,11 +36,27 @@ pub enum MemoryError {
         /// Bytes there are.
         capacity: u64,
     },
+    /// A dmabuf, its exporter, or a mapping of it.
+    #[error(transparent)]
+    Dmabuf(#[from] DmabufError),
+    /// A GPU's runtime, or something about a GPU's memory.
+    #[error(transparent)]
+    Gpu(#[from] Box<GpuError>),
+}
+
+impl From<GpuError> for MemoryError {
+    fn from(error: GpuError) -> Self {
+        Self::Gpu(Box::new(error))
+    }
 }
 
 impl MemoryError {
-    /// Whether the same call can succeed later without a change of configuration: it cannot.
+    /// Whether the same call can succeed later without a change of configuration.
     pub fn is_retryable(&self) -> bool {
-        false
+        match self {
+            Self::Dmabuf(error) => error.is_retryable(),
+            Self::Gpu(error) => error.is_retryable(),
+            _ => false,
+        }
     }
 }

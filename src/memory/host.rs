@@ -107,9 +107,9 @@ impl HostMemory {
         )
     }
 
-    /// Allocates `length` bytes in a memory file (`memfd_create(2)`), which another process may map. Its size is
-    /// sealed. Peers on the same host copy from such memory at the speed of `memcpy`, and need no permission to read
-    /// this process's memory.
+    /// Allocates `length` bytes in a memory file (`memfd_create(2)`), which another process may map. Its size is sealed,
+    /// because whoever has the file could otherwise cut off what is mapped here. Peers on the same host copy from such
+    /// memory at the speed of `memcpy`, and need no permission to read this process's memory.
     pub fn memfd(name: &str, length: u64) -> Result<Self, MemoryError> {
         let fail = |operation| MemoryError::Os {
             operation,
@@ -118,9 +118,10 @@ impl HostMemory {
             hint: None,
         };
         let name = CString::new(name.replace('\0', "")).unwrap_or_default();
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
         // SAFETY: `name` is a NUL-terminated string that outlives the call.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+        let fd = unsafe {
+            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+        };
         if fd < 0 {
             return Err(fail("memfd_create"));
         }
@@ -131,11 +132,10 @@ impl HostMemory {
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } != 0 {
             return Err(fail("ftruncate"));
         }
-        // Its size stays, so whoever maps it can rely on that (and `/dev/udmabuf` takes it).
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
         // SAFETY: plain system call on a descriptor we own.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-            return Err(fail("fcntl(F_ADD_SEALS)"));
+            return Err(fail("F_ADD_SEALS"));
         }
         Self::map(length, 0, libc::MAP_SHARED, Some(fd), MemoryKind::Memfd)
     }
@@ -311,5 +311,6 @@ mod tests {
         let mut bytes = [0; 4];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 5000).unwrap();
         assert_eq!(&bytes, b"seen");
+        assert!(file.set_len(4096).is_err(), "it can be cut off");
     }
 }

@@ -5,13 +5,18 @@
 //! that a range is at rest.
 
 mod device;
+pub mod dmabuf;
 mod error;
+pub mod gpu;
 mod host;
 
 pub use device::{
-    BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Ticket,
+    BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Span, Ticket,
+    Visibility,
 };
+pub use dmabuf::{DmabufError, DmabufMemory};
 pub use error::MemoryError;
+pub use gpu::{CudaMemory, HipMemory};
 pub use host::{HostMemory, HugePages};
 
 use std::os::fd::BorrowedFd;
@@ -28,6 +33,12 @@ pub enum MemoryKind {
     Memfd,
     /// Host memory that the caller owns.
     Borrowed,
+    /// Memory of the AMD GPU with this number in HIP.
+    Hip(u32),
+    /// Memory of the NVIDIA GPU with this number in CUDA.
+    Cuda(u32),
+    /// A range of a dmabuf.
+    Dmabuf,
 }
 
 /// A range of memory that can be registered with NICs.

@@ -172,6 +172,8 @@ pub(crate) struct Hello {
     pub(crate) supported: u8,
     pub(crate) rails: Vec<RailOffer>,
     pub(crate) lanes: Vec<LaneOffer>,
+    /// The silence after which the writer gives the reader up, in milliseconds; 0 for never.
+    pub(crate) keepalive_ms: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -199,6 +201,7 @@ pub(crate) struct HelloAck {
     pub(crate) lanes: Vec<LaneAnswer>,
     /// Receives posted on each lane at the start.
     pub(crate) receives_per_lane: u32,
+    /// The silence after which the reader gives the writer up, in milliseconds; 0 for never.
     pub(crate) keepalive_ms: u32,
 }
 

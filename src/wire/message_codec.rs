@@ -72,6 +72,7 @@ impl Message {
                     w.u8(lane.remote_rail);
                     w.lane_address("lane address", &lane.address)
                 })?;
+                w.u32(hello.keepalive_ms);
             }
             Self::HelloAck(ack) => {
                 w.u8(tag::HELLO_ACK);
@@ -368,6 +369,7 @@ fn read_hello(r: &mut Reader<'_>) -> Result<Hello, WireError> {
                 address: r.lane_address("lane address")?,
             })
         })?,
+        keepalive_ms: r.u32("keepalive")?,
     })
 }
 

@@ -61,9 +61,8 @@ pub(crate) fn what_is_not_allowed_is_refused(fabric: &Fabric) {
         .register(
             memory(4096) as Arc<dyn Memory>,
             Access {
-                local_write: true,
-                remote_write: false,
                 remote_read: true,
+                ..Access::LOCAL
             },
         )
         .unwrap();

@@ -6,7 +6,7 @@ use std::{collections::HashMap, io::BufRead, sync::Arc, thread::JoinHandle, time
 
 use kvpush::{
     Arrival, Auth, Endpoint, Push,
-    endpoint::{ArrivalError, PeerError, PushError, Revocation},
+    endpoint::{ArrivalError, DrainCount, PeerError, PushError, Revocation},
 };
 
 use crate::{
@@ -195,6 +195,15 @@ impl Actor {
                 self.arrivals.clear();
                 Ok(String::new())
             }
+            // drain MS: goes away in good order. Replies completed, ended, cut and unopened, of both kinds in all.
+            "drain" => {
+                let time = Duration::from_millis(number(1));
+                let report = self.endpoint().drain_blocking(time);
+                let sum = |of: fn(&DrainCount) -> u64| of(&report.pushes) + of(&report.arrivals);
+                let completed = sum(|count| count.completed);
+                let (ended, cut) = (sum(|count| count.ended), sum(|count| count.cut));
+                Ok(format!("{completed} {ended} {cut} {}", report.unopened))
+            }
             // census: open descriptors, and threads.
             "census" => {
                 self.join();
@@ -285,6 +294,8 @@ fn peer_error(error: &PeerError) -> &'static str {
         PeerError::Fabric { .. } => "peer fabric",
         PeerError::Silent { .. } => "peer silent",
         PeerError::Protocol { .. } => "peer protocol",
+        PeerError::Disconnected { .. } => "peer disconnected",
+        PeerError::Draining => "draining",
         PeerError::Closed => "closed",
         other => panic!("no name for {other:?}"),
     }

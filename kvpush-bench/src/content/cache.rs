@@ -8,15 +8,17 @@ use std::sync::{
 use kvpush::{
     Endpoint, Pool,
     kv::{KvLayout, Plane, region_lengths},
-    memory::{HostMemory, Memory},
+    memory::Memory,
 };
 
 use super::{
     POISON, UNUSED,
+    block::Block,
     formula::{head_content, page_key},
     threads,
 };
 use crate::{
+    cli::MemoryChoice,
     error::{Context, Error, Result},
     workload::{Side, Workload},
 };
@@ -28,7 +30,7 @@ const BLOCK: usize = 64 << 10;
 pub(crate) struct Cache {
     pub(crate) pool: Option<Pool>,
     layout: KvLayout,
-    memory: Vec<Arc<HostMemory>>,
+    memory: Vec<Block>,
 }
 
 /// What a pool must hold: the seed of the round and the page table of each request in it.
@@ -46,16 +48,19 @@ pub(crate) struct Mismatch {
 }
 
 impl Cache {
-    /// Allocates the pool of `rank`.
-    pub(crate) fn allocate(workload: &Workload, side: Side, rank: u32) -> Result<Self> {
+    /// Allocates the pool of `rank` in memory as asked for.
+    pub(crate) fn allocate(
+        workload: &Workload,
+        side: Side,
+        rank: u32,
+        memory: MemoryChoice,
+    ) -> Result<Self> {
         let layout = workload.layout(side, rank)?;
         let lengths = region_lengths(&layout).context("the pool's regions")?;
         let memory = lengths
             .into_iter()
-            .map(|length| HostMemory::new(length).map(Arc::new));
-        let memory = memory
-            .collect::<Result<_, _>>()
-            .context("memory for the pool")?;
+            .map(|length| Block::allocate(memory, length));
+        let memory = memory.collect::<Result<_>>()?;
         Ok(Self {
             pool: None,
             layout,
@@ -65,11 +70,7 @@ impl Cache {
 
     /// Registers it as a pool.
     pub(crate) fn register(&mut self, endpoint: &Endpoint) -> Result<()> {
-        let memory = self
-            .memory
-            .iter()
-            .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
-            .collect();
+        let memory = self.memory.iter().map(Block::memory).collect();
         self.pool = Some(
             endpoint
                 .register_pool(self.layout.clone(), memory)
@@ -86,10 +87,10 @@ impl Cache {
     }
 
     /// The memory of the first region.
-    pub(crate) fn first_region(&self) -> Result<Arc<HostMemory>> {
+    pub(crate) fn first_region(&self) -> Result<Arc<dyn Memory>> {
         self.memory
             .first()
-            .cloned()
+            .map(Block::memory)
             .ok_or_else(|| Error::failed("the pool has no memory"))
     }
 
@@ -140,9 +141,7 @@ impl Cache {
     pub(crate) fn poison(&self) -> Result<()> {
         each_region(self.memory.len(), |region, _| {
             match self.memory.get(region) {
-                Some(memory) => memory
-                    .fill(0, memory.length(), POISON)
-                    .context("poison the pool"),
+                Some(memory) => memory.fill(POISON).context("poison the pool"),
                 None => Ok(()),
             }
         })
@@ -189,12 +188,7 @@ impl Cache {
         Ok((bytes, found.map(|(_, mismatch)| mismatch)))
     }
 
-    fn compare(
-        &self,
-        region: usize,
-        memory: &HostMemory,
-        image: &[u8],
-    ) -> Result<Option<Mismatch>> {
+    fn compare(&self, region: usize, memory: &Block, image: &[u8]) -> Result<Option<Mismatch>> {
         let mut block = vec![0; BLOCK.min(image.len())];
         let (mut bad, mut first) = (0u64, None);
         for (start, expected) in (0..).step_by(BLOCK).zip(image.chunks(BLOCK)) {
@@ -353,7 +347,7 @@ mod tests {
 
     /// What verification must accept: a decode pool written by the formula itself.
     fn written(workload: &Workload, rank: u32, expected: Expected<'_>) -> Cache {
-        let cache = Cache::allocate(workload, Side::Decode, rank).unwrap();
+        let cache = Cache::allocate(workload, Side::Decode, rank, MemoryChoice::HOST).unwrap();
         let mut image = Vec::new();
         for (region, memory) in cache.memory.iter().enumerate() {
             cache.image(region, expected, POISON, &mut image).unwrap();
@@ -412,14 +406,14 @@ mod tests {
             workload.page_tables(Side::Prefill, 5).unwrap(),
             workload.page_tables(Side::Decode, 5).unwrap(),
         );
-        let source = Cache::allocate(&workload, Side::Prefill, 0).unwrap();
+        let source = Cache::allocate(&workload, Side::Prefill, 0, MemoryChoice::HOST).unwrap();
         source
             .fill(Expected {
                 seed: 7,
                 tables: &from,
             })
             .unwrap();
-        let target = Cache::allocate(&workload, Side::Decode, 0).unwrap();
+        let target = Cache::allocate(&workload, Side::Decode, 0, MemoryChoice::HOST).unwrap();
         target.poison().unwrap();
         let expected = Expected {
             seed: 7,

@@ -5,6 +5,7 @@
 //! without the source. Bytes that no request owns are [`POISON`] at the decode side, and something else at the prefill
 //! side, so that a wrong page or a missing write is seen.
 
+mod block;
 mod cache;
 mod formula;
 

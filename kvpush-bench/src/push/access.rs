@@ -1,13 +1,12 @@
 //! Raw pages by one-sided writes and reads, a batch at a time.
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use indicatif::ProgressBar;
 use kvpush::{
     RegionToken,
     endpoint::{LocalRegion, RemoteRegion},
     fabric,
-    memory::Memory,
 };
 
 use super::{
@@ -35,7 +34,7 @@ impl Access {
         else {
             return Err(Error::failed("there is no rank"));
         };
-        let memory = Arc::clone(&cache.first_region()?) as Arc<dyn Memory>;
+        let memory = cache.first_region()?;
         let local = endpoint
             .register(memory, fabric::Access::LOCAL)
             .context("register memory")?;

@@ -59,6 +59,7 @@ impl Session<'_> {
         self.connection.send(&ToServer::Case {
             workload: Box::new(workload.clone()),
         })?;
+        let memory = self.args.memory.memory;
         let mut ranks = Ranks {
             endpoints: Vec::new(),
             caches: Vec::new(),
@@ -70,11 +71,15 @@ impl Session<'_> {
                 .push(self.args.fabric.endpoint(&self.auth, ip, name, workload)?);
             ranks
                 .caches
-                .push(Cache::allocate(workload, Side::Prefill, rank)?);
+                .push(Cache::allocate(workload, Side::Prefill, rank, memory)?);
         }
         let timeout = Duration::from_secs(workload.timeout_seconds.into());
-        let (their_rails, their_reason) = match self.expect(timeout + SHORT)? {
-            ToPusher::Ready { rails, why_no_rdma } => (rails, why_no_rdma),
+        let (their_rails, their_reason, their_memory) = match self.expect(timeout + SHORT)? {
+            ToPusher::Ready {
+                rails,
+                why_no_rdma,
+                memory,
+            } => (rails, why_no_rdma, memory),
             other => return Err(unexpected(other)),
         };
         let our_rails = ranks
@@ -94,7 +99,8 @@ impl Session<'_> {
             }
         }
         let rounds = self.args.workload.rounds;
-        let mut row = Row::new(workload, &chosen.fabric, rounds);
+        let memory = format!("{memory}->{their_memory}");
+        let mut row = Row::new(workload, &chosen.fabric, memory, rounds);
         let bar = progress(workload, rounds)?;
         let mut random = Random::new(seed);
         let mut done = 0;

@@ -207,7 +207,7 @@ mod tests {
     use crate::{cli::Op, workload::Workload};
 
     fn row(op: Op, bytes: u32, gb_per_s: f64) -> Row {
-        let mut row = Row::new(&Workload::raw(op, bytes), "tcp", 1);
+        let mut row = Row::new(&Workload::raw(op, bytes), "tcp", "host->host".into(), 1);
         (row.gb_per_s, row.verified) = (gb_per_s, true);
         row
     }

@@ -16,6 +16,8 @@ use crate::{
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
     pub(crate) fabric: String,
+    /// Where the pools are, prefill and decode: `cuda->host`.
+    pub(crate) memory: String,
     pub(crate) op: &'static str,
     pub(crate) model: String,
     pub(crate) tp: String,
@@ -52,9 +54,10 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    pub(crate) fn new(workload: &Workload, fabric: &str, rounds: u32) -> Self {
+    pub(crate) fn new(workload: &Workload, fabric: &str, memory: String, rounds: u32) -> Self {
         Self {
             fabric: fabric.to_owned(),
+            memory,
             op: match workload.op {
                 Op::Push => "push",
                 Op::Write => "write",
@@ -196,7 +199,7 @@ mod tests {
     #[test]
     fn figures_are_of_the_measured_rounds() {
         let workload = Workload::raw(Op::Push, 4096);
-        let mut row = Row::new(&workload, "tcp", 2);
+        let mut row = Row::new(&workload, "tcp", "host->host".into(), 2);
         let right = Verified {
             bytes: 10,
             cpu_seconds: 1.0,
@@ -223,7 +226,7 @@ mod tests {
     #[test]
     fn one_bad_round_spoils_the_row_and_nothing_measured_is_not_verified() {
         let workload = Workload::raw(Op::Push, 4096);
-        let mut row = Row::new(&workload, "tcp", 2);
+        let mut row = Row::new(&workload, "tcp", "host->host".into(), 2);
         row.close();
         assert!(!row.verified);
         row.add(

@@ -18,7 +18,7 @@ use std::{
 use kvpush::Auth;
 
 use crate::{
-    cli::{DecodeArgs, FabricArgs, ServeArgs},
+    cli::{DecodeArgs, FabricArgs, MemoryChoice, ServeArgs},
     error::{Context, Error, Result},
     measure::{self, bytes_text},
     out, signals,
@@ -35,6 +35,7 @@ pub(crate) struct Server {
     fabric: FabricArgs,
     auth: Auth,
     memory_limit: u64,
+    memory: MemoryChoice,
     busy: AtomicBool,
     /// Whether to tell a person what happens.
     talkative: bool,
@@ -48,6 +49,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         fabric: args.fabric.clone(),
         auth: args.key.auth(),
         memory_limit: args.memory_limit.unwrap_or(available / 2),
+        memory: args.memory.memory,
         busy: AtomicBool::new(false),
         talkative: true,
     };
@@ -71,6 +73,7 @@ pub(crate) fn run_child(args: &DecodeArgs) -> Result<()> {
         auth: Auth::passphrase(&key),
         // The parent has looked at the memory that both need.
         memory_limit: u64::MAX,
+        memory: args.memory.memory,
         busy: AtomicBool::new(false),
         talkative: false,
     };

@@ -2,7 +2,6 @@
 
 use std::{
     net::{SocketAddr, TcpStream},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,7 +9,6 @@ use kvpush::{
     Arrival, Endpoint,
     endpoint::{GrantOptions, LocalRegion},
     fabric::Access,
-    memory::Memory,
 };
 
 use super::{Claim, Server};
@@ -122,11 +120,11 @@ impl<'a> Session<'a> {
                 .server
                 .fabric
                 .endpoint(&self.server.auth, ip, name, &workload)?;
-            let mut cache = Cache::allocate(&workload, Side::Decode, rank)?;
+            let mut cache = Cache::allocate(&workload, Side::Decode, rank, self.server.memory)?;
             match workload.op {
                 Op::Push => cache.register(&endpoint)?,
                 Op::Write | Op::Read => {
-                    let memory = cache.first_region()? as Arc<dyn Memory>;
+                    let memory = cache.first_region()?;
                     exported = Some(
                         endpoint
                             .register(memory, Access::ALL)
@@ -139,8 +137,11 @@ impl<'a> Session<'a> {
         }
         let rails = endpoints.first().map(fabric::rails).unwrap_or_default();
         let why_no_rdma = self.server.fabric.why_no_rdma(&rails);
-        self.connection
-            .send(&ToPusher::Ready { rails, why_no_rdma })?;
+        self.connection.send(&ToPusher::Ready {
+            rails,
+            why_no_rdma,
+            memory: self.server.memory.to_string(),
+        })?;
         Ok(Ranks {
             workload,
             endpoints,

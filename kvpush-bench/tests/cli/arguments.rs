@@ -35,6 +35,12 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
         (&["--lanes", "17"], &["17"]),
         (&["--rounds", "0"], &["0"]),
         (&["--fabric", "tcp", "--devices", "mlx5_0"], &["--devices"]),
+        (
+            &["--memory", "tape"],
+            &["known are host, hip, cuda and udmabuf"],
+        ),
+        (&["--memory", "hip:x"], &["no number of a GPU"]),
+        (&["--memory", "udmabuf:1"], &["known are host"]),
         (&["--timeout=-1"], &["--timeout"]),
         (&["push", "somewhere"], &["--key"]),
         (&["serve"], &["--key", "--insecure"]),

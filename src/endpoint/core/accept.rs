@@ -9,9 +9,6 @@ use crate::{
     wire::{Hello, HelloAck, HelloReject, Imm, LaneAnswer, Message, RejectCode},
 };
 
-/// Peers do not have to show that they are alive: every wait has a deadline of its own.
-const KEEPALIVE_MS: u32 = 0;
-
 impl Core {
     /// A peer offers lanes: connect them, or say why not.
     pub(super) fn hello(&mut self, conn: ConnId, hello: Hello) {
@@ -30,7 +27,8 @@ impl Core {
                 "this endpoint dialled itself".to_owned(),
             ))
         } else {
-            self.answer(conn, &hello)
+            self.may_join(&hello)
+                .and_then(|()| self.answer(conn, &hello))
         };
         match result {
             Ok(lanes) => {
@@ -43,9 +41,10 @@ impl Core {
                         .and_then(|s| s.lanes.iter().map(|lane| lane.config.receive_depth).min())
                         .unwrap_or(0),
                     lanes,
-                    keepalive_ms: KEEPALIVE_MS,
+                    keepalive_ms: self.keepalive_ms(),
                 };
                 self.send(conn, &Message::HelloAck(ack));
+                self.watch(conn, hello.keepalive_ms);
             }
             Err((code, detail)) => {
                 tracing::warn!(peer = hello.name, %code, detail, "session refused");
@@ -108,6 +107,7 @@ impl Core {
         self.adopt_lanes(conn, lanes);
         if let Some(session) = self.sessions.get_mut(&conn) {
             session.phase = Phase::Ready;
+            session.incarnation = Some(hello.incarnation);
             session.slots = vec![None; usize::from(Imm::SLOTS)];
         }
         Ok(answers)

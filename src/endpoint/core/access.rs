@@ -212,6 +212,7 @@ impl Core {
                 RefuseCode::WrongIncarnation,
                 "the endpoint has restarted since",
             ),
+            _ if self.is_draining() => refuse(RefuseCode::Draining, "the endpoint is going away"),
             Some(export) if Digest(export.nonce).matches(&Digest(open.nonce)) => {
                 let rails = session.rails();
                 Message::RegionAccept(RegionAccept {

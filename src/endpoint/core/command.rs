@@ -9,9 +9,10 @@ use crate::{
     endpoint::region::Region,
     endpoint::{
         control::{CloseReason, ConnId},
+        drain::DrainEntry,
         shared::PoolRecord,
     },
-    wire::{GrantId, PoolId},
+    wire::{GrantId, Incarnation, PoolId},
 };
 
 /// What callers ask for.
@@ -47,6 +48,10 @@ pub(crate) enum Command {
     ReleaseExport(Arc<ExportRecord>),
     /// A one-sided access, or its opening.
     Access(Box<AccessEntry>),
+    /// The sessions with this peer are not wanted any more.
+    Disconnect(Incarnation),
+    /// The endpoint is to go away in good order.
+    Drain(DrainEntry),
 }
 
 /// What the control connections report.

@@ -150,6 +150,7 @@ impl Core {
             supported: self.supported(),
             rails,
             lanes: offers,
+            keepalive_ms: self.keepalive_ms(),
         };
         self.send(conn, &Message::Hello(hello));
         let Some(session) = self.sessions.get_mut(&conn) else {
@@ -177,6 +178,7 @@ impl Core {
             return;
         }
         session.peer_name = ack.name;
+        session.incarnation = Some(ack.incarnation);
         let peer = session.name();
         let Some(address) = session.peer else { return };
         if let Some(expected) = session
@@ -215,6 +217,7 @@ impl Core {
             }
         }
         session.phase = Phase::Ready;
+        self.watch(conn, ack.keepalive_ms);
         self.connect_ready(conn, ack.incarnation);
     }
 

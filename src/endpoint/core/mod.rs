@@ -15,6 +15,9 @@
 //! | `pump` | from queued work to posted requests |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `access` | one-sided reads and writes of exported regions |
+//! | `drain` | going away in good order |
+//! | `limits` | what a peer can make this side hold |
+//! | `liveness` | whether a peer is still there |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -28,6 +31,9 @@ mod access;
 mod command;
 mod connect;
 mod dial;
+mod drain;
+mod limits;
+mod liveness;
 mod pump;
 mod reader;
 mod remote;
@@ -48,6 +54,7 @@ pub(crate) use self::{
     writer::PushEntry,
 };
 use self::{
+    drain::Draining,
     pump::Scratch,
     session::{Role, Session},
     timers::Timers,
@@ -111,8 +118,12 @@ pub(crate) struct Core {
     accesses: HashMap<u64, AccessEntry>,
     connects: HashMap<ConnId, ConnectEntry>,
     next_request: u64,
+    /// Asked so far whether a peer is there.
+    pings: u64,
     tails: Arc<TailArena>,
     timers: Timers,
+    /// Nothing new begins.
+    draining: Option<Draining>,
     scratch: Scratch,
     completions: Vec<Completion>,
 }
@@ -153,8 +164,10 @@ impl Core {
             accesses: HashMap::new(),
             connects: HashMap::new(),
             next_request: 0,
+            pings: 0,
             tails,
             timers: Timers::default(),
+            draining: None,
             scratch: Scratch::default(),
             completions: Vec::new(),
         }
@@ -184,7 +197,9 @@ impl Core {
         for event in events.drain(..) {
             self.event(event);
         }
-        active | self.run_timers()
+        active |= self.run_timers();
+        self.settle_drain();
+        active
     }
 
     /// When [`Core::step`] must be called at the latest, if nothing happens before.
@@ -202,6 +217,7 @@ impl Core {
 
     /// Ends everything: sessions are told, lanes fenced, all waiting callers answered.
     pub(crate) fn shutdown(&mut self) {
+        self.begin_cut();
         let conns: Vec<_> = self.sessions.keys().copied().collect();
         for conn in conns {
             self.end_session(
@@ -213,6 +229,7 @@ impl Core {
         self.close_arrivals();
         self.close_pushes();
         self.close_accesses();
+        self.close_drain();
     }
 
     fn command(&mut self, command: Command) {
@@ -227,8 +244,12 @@ impl Core {
                         .for_each(|region| self.deregister(region));
                 }
             }
+            Command::AddGrant(entry) if self.is_draining() => self.late_grant(*entry),
             Command::AddGrant(entry) => self.add_grant(*entry),
             Command::Revoke(id) => self.revoke(id),
+            // Their entries say so when they are dropped.
+            Command::Connect(_) | Command::Access(_) if self.is_draining() => {}
+            Command::OpenPush(entry) if self.is_draining() => Self::late_push(&entry),
             Command::Connect(entry) => self.connect(entry),
             Command::OpenPush(entry) => self.open_push(*entry),
             Command::Pages {
@@ -248,6 +269,8 @@ impl Core {
                 self.deregister(&record.region);
             }
             Command::Access(entry) => self.start_access(*entry),
+            Command::Disconnect(peer) => self.disconnect(peer),
+            Command::Drain(entry) => self.drain(entry),
         }
     }
 
@@ -255,12 +278,16 @@ impl Core {
         match event {
             ControlEvent::Accepted { conn, peer } => {
                 self.sessions.insert(conn, Session::accepted(peer));
+                self.await_hello(conn);
             }
             ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
-            ControlEvent::Message { conn, bytes } => match Message::decode(&bytes) {
-                Ok(message) => self.message(conn, message),
-                Err(error) => self.violation(conn, &error.to_string()),
-            },
+            ControlEvent::Message { conn, bytes } => {
+                self.heard(conn);
+                match Message::decode(&bytes) {
+                    Ok(message) => self.message(conn, message),
+                    Err(error) => self.violation(conn, &error.to_string()),
+                }
+            }
             ControlEvent::Closed { conn, reason } => {
                 let Some(session) = self.sessions.get(&conn) else {
                     return;

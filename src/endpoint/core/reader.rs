@@ -60,6 +60,11 @@ impl ArrivalEntry {
 }
 
 impl ArrivalEntry {
+    /// Whether no writer has opened it.
+    pub(super) fn is_granted(&self) -> bool {
+        self.machine.is_granted()
+    }
+
     fn expired(&self) -> ArrivalError {
         ArrivalError::Expired {
             missing: self.parts.missing(),
@@ -145,6 +150,9 @@ impl Core {
                 RefuseCode::WrongIncarnation,
                 "the endpoint has restarted since",
             ));
+        }
+        if self.is_draining() {
+            return Err((RefuseCode::Draining, "the endpoint is going away"));
         }
         let granted = self.arrivals.get_mut(&open.grant.slot);
         let Some(arrival) = granted.filter(|arrival| arrival.grant.id() == open.grant) else {
@@ -372,6 +380,9 @@ impl Core {
                     ArrivalEnd::Expired => Err(arrival.expired()),
                     ArrivalEnd::Failed(error) => Err(error),
                 };
+                if arrival.opened.is_some() {
+                    self.count_arrival(result.is_ok());
+                }
                 if let Some((conn, push, imm_slot)) = arrival.opened
                     && let Some(session) = self.sessions.get_mut(&conn)
                 {
@@ -415,6 +426,7 @@ impl Core {
             let Some(arrival) = self.arrivals.remove(slot) else {
                 continue;
             };
+            self.count_arrival(false);
             let failure = ArrivalError::Unfenced(Box::new(source.clone()));
             arrival
                 .shared
@@ -429,14 +441,17 @@ impl Core {
     pub(super) fn close_arrivals(&mut self) {
         let slots: Vec<u32> = self.arrivals.keys().copied().collect();
         for slot in slots {
-            let Some(arrival) = self.arrivals.get_mut(&slot) else {
-                continue;
-            };
-            let action = arrival
-                .machine
-                .fail(self.now, ArrivalError::Peer(PeerError::Closed));
-            self.arrival_action(slot, action);
+            self.fail_arrival(slot, ArrivalError::Peer(PeerError::Closed));
         }
+    }
+
+    /// An arrival that has no session ends with `error`.
+    pub(super) fn fail_arrival(&mut self, slot: u32, error: ArrivalError) {
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return;
+        };
+        let action = arrival.machine.fail(self.now, error);
+        self.arrival_action(slot, action);
     }
 }
 

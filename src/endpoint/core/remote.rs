@@ -111,10 +111,10 @@ pub(super) fn prepare(
     let remote = match descriptor {
         Some(descriptor) if descriptor.pool == pool => Arc::new(RemotePool::new(descriptor)?),
         Some(_) => return Err(protocol("the description of another pool")),
-        None => session
-            .remote_pools
-            .get(&pool)
-            .cloned()
+        // What the opening relied on is kept by the push, whatever the session has forgotten since.
+        None => push
+            .remote
+            .clone()
             .ok_or_else(|| protocol("no description of the pool"))?,
     };
     if session
@@ -197,6 +197,6 @@ pub(super) fn prepare(
     push.blocks = Some(blocks);
     push.planner = Some(planner);
     push.remote = Some(Arc::clone(&remote));
-    session.remote_pools.insert(pool, remote);
+    session.remote_pools.remember(pool, remote);
     Ok(())
 }

@@ -4,22 +4,22 @@
 //! says what it has, and the dialler offers again over the same connection.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, VecDeque},
     net::SocketAddr,
-    sync::Arc,
 };
 
 use super::{
     Core,
+    limits::RemotePools,
+    liveness::Liveness,
     pump::{Current, Owner, Task},
-    remote::RemotePool,
 };
 use crate::{
     endpoint::control::ConnId,
     fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
     kv::Plan,
     protocol::{LaneLedger, ReceiveCredits, SendCredits},
-    wire::{Incarnation, PoolId},
+    wire::Incarnation,
 };
 
 /// Who dialled.
@@ -46,6 +46,9 @@ pub(super) struct Session {
     pub(super) phase: Phase,
     pub(super) peer: Option<SocketAddr>,
     pub(super) peer_name: String,
+    /// Who it is, once it has said so.
+    pub(super) incarnation: Option<Incarnation>,
+    pub(super) liveness: Liveness,
     pub(super) lanes: Vec<Lane>,
     /// Dialler: who is expected to answer.
     pub(super) expected: Option<Incarnation>,
@@ -54,7 +57,7 @@ pub(super) struct Session {
     /// Dialler: pushes of this session.
     pub(super) pushes: BTreeSet<u64>,
     /// Dialler: what the peer has told of its pools.
-    pub(super) remote_pools: HashMap<PoolId, Arc<RemotePool>>,
+    pub(super) remote_pools: RemotePools,
     /// Dialler: where the next block goes if all lanes are equally busy.
     pub(super) next_lane: usize,
     /// Acceptor: the grant slot behind each slot of an immediate.
@@ -70,11 +73,13 @@ impl Session {
             phase: Phase::Connecting,
             peer: None,
             peer_name,
+            incarnation: None,
+            liveness: Liveness::default(),
             lanes: Vec::new(),
             expected: None,
             untried: Vec::new(),
             pushes: BTreeSet::new(),
-            remote_pools: HashMap::new(),
+            remote_pools: RemotePools::default(),
             next_lane: 0,
             slots: Vec::new(),
             next_slot: 0,

@@ -1,8 +1,11 @@
 //! Whole cores under simulated time: every message, completion and deadline happens when the schedule says.
 
 mod deadlines;
+mod drain;
 mod garbage;
 mod hostile;
+mod limits;
+mod liveness;
 mod schedules;
 mod unfenced;
 mod world;

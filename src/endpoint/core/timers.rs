@@ -12,6 +12,9 @@ pub(super) enum Timer {
     Arrival(u32),
     Access(u64),
     Connect(ConnId),
+    Hello(ConnId),
+    Alive(ConnId),
+    Drain,
 }
 
 /// The timers of a core.
@@ -46,6 +49,9 @@ impl Core {
                 Timer::Arrival(slot) => self.arrival_timer(slot),
                 Timer::Access(id) => self.access_timer(id),
                 Timer::Connect(conn) => self.connect_timer(conn),
+                Timer::Hello(conn) => self.hello_timer(conn),
+                Timer::Alive(conn) => self.alive_timer(conn),
+                Timer::Drain => self.drain_timer(),
             }
         }
         active

@@ -142,19 +142,21 @@ impl Core {
     }
 
     pub(super) fn send_open(&mut self, conn: ConnId, id: u64) {
-        let Some(push) = self.pushes.get(&id) else {
+        let Some(push) = self.pushes.get_mut(&id) else {
             return;
         };
-        let Some(session) = self.sessions.get(&conn) else {
+        let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
+        let known = session.remote_pools.known(push.grant.pool(), self.now);
+        push.remote = known.clone();
         let open = Open {
             push: id,
             grant: push.grant.id(),
             pool: push.grant.pool(),
             incarnation: push.grant.issuer(),
             digest: push.grant.digest(),
-            want_pool: !session.remote_pools.contains_key(&push.grant.pool()),
+            want_pool: known.is_none(),
         };
         self.send(conn, &Message::Open(open));
     }
@@ -396,6 +398,7 @@ impl Core {
                     )),
                     PushEnd::Failed(error) => Err(error.clone()),
                 };
+                self.count_push(result.is_ok());
                 if let Some(conn) = conn {
                     if tell_peer {
                         self.tell_ended(conn, id, &end);
@@ -469,6 +472,7 @@ impl Core {
                     let Some(push) = self.pushes.remove(&id) else {
                         continue;
                     };
+                    self.count_push(false);
                     let failure = PushError::Unfenced(Box::new(source.clone()));
                     push.shared
                         .signal

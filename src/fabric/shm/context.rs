@@ -18,14 +18,14 @@ use mio::{Events, Interest, Poll, Token as Key, unix::SourceFd};
 use super::{
     super::{
         Completion, Context, Device, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId,
-        MrId, PostError, Sge, Status, WorkRequest,
+        MrId, PostError, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
     },
     connect::Pending,
     copier::Copier,
     device::{ShmDevice, os_error},
     files::Mappings,
     lane::{Common, Lane, Phase, Timing, after},
-    memory::MemoryView,
+    memory::{MemoryView, Own},
     requester::Failure,
     sys::Timer,
     wire::{Address, Token},
@@ -217,6 +217,26 @@ impl ShmContext {
         self.schedule(next);
     }
 
+    /// Whether `lane` may bind windows and take them back: it works, and its send queue has room.
+    fn check_windows_of(&self, operation: &'static str, lane: LaneId) -> Result<(), FabricError> {
+        let checked = self
+            .lanes
+            .get(&lane)
+            .map_or(Err("unknown"), |lane| lane.check_windows());
+        match checked {
+            Ok(room) => room.map_err(|kind| self.device.error(operation, kind)),
+            Err(state) => Err(self.lane_state(operation, lane, state)),
+        }
+    }
+
+    /// Reports what was asked of a window as done.
+    fn window_done(&mut self, lane: LaneId, id: u64) {
+        if let Some(state) = self.lanes.get_mut(&lane) {
+            state.window_done(id);
+        }
+        self.enqueue(lane);
+    }
+
     fn check_config(&self, config: &LaneConfig) -> Result<(), FabricError> {
         let caps = &self.device.info().caps;
         let limits = [
@@ -247,12 +267,20 @@ pub(super) fn lane_key(id: LaneId) -> Key {
 
 impl Context for ShmContext {
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
-        let Some((region, last_of_file)) = self.common.memory.remove(mr) else {
+        if self.common.memory.has_windows(mr) {
+            let kind = FabricErrorKind::Os(libc::EBUSY);
+            return Err(self.device.error("deregister", kind));
+        }
+        let Some(region) = self.common.memory.remove(mr) else {
             let kind = FabricErrorKind::Memory(format!("no registration {}", mr.0));
             return Err(self.device.error("deregister", kind));
         };
         // Requests that arrive for it are refused from here on. Those that name it as a source must not go on.
-        let file = region.file.as_ref().filter(|_| last_of_file);
+        let file = region.own().as_ref().filter(|gone| {
+            let number = gone.file.number;
+            let other = |own: &Own| own.as_ref().is_none_or(|own| own.file.number != number);
+            self.device.registry().all(other)
+        });
         let mut busy = Vec::new();
         for lane in self.lanes.values_mut() {
             if lane.touches(&region) {
@@ -360,6 +388,43 @@ impl Context for ShmContext {
         outcome
     }
 
+    fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
+        const OPERATION: &str = "bind a window";
+        self.check_windows_of(OPERATION, lane)?;
+        let max = self.device.info().caps.windows.map_or(0, |caps| caps.max);
+        let value = self.common.memory.windows() as u64 + 1;
+        if value > u64::from(max) {
+            let (what, limit) = ("number of windows", max.into());
+            let kind = FabricErrorKind::Limit { what, value, limit };
+            return Err(self.device.error(OPERATION, kind));
+        }
+        let window = self.common.memory.bind(lane, bind).map_err(|why| {
+            let kind = FabricErrorKind::Memory(why.to_owned());
+            self.device.error(OPERATION, kind)
+        })?;
+        self.window_done(lane, bind.id);
+        Ok(window)
+    }
+
+    /// A write under way is checked again before each turn of its bytes is copied, so it ends here, too; a read is
+    /// checked once more when it has been taken.
+    fn invalidate_window(
+        &mut self,
+        lane: LaneId,
+        id: u64,
+        window: WindowId,
+    ) -> Result<(), FabricError> {
+        const OPERATION: &str = "invalidate a window";
+        self.check_windows_of(OPERATION, lane)?;
+        if !self.common.memory.is_window_of(lane, window) {
+            let kind = FabricErrorKind::Memory(format!("no window {}", window.0));
+            return Err(self.device.error(OPERATION, kind));
+        }
+        self.common.memory.unbind(window);
+        self.window_done(lane, id);
+        Ok(())
+    }
+
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {
         let Some(state) = self.lanes.get_mut(&lane) else {
             return Err(self.lane_state("post_receives", lane, "unknown"));
@@ -450,6 +515,7 @@ impl Context for ShmContext {
     }
 
     fn destroy_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        self.common.memory.unbind_all(lane);
         match self.lanes.remove(&lane) {
             // Ends it for the peer and closes the socket. A stale place in the list of hot lanes is skipped.
             Some(_) => Ok(()),

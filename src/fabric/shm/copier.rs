@@ -2,9 +2,18 @@
 //!
 //! A file of the peer is mapped here, and its bytes are copied at once. Other memory of the peer is read by the kernel
 //! (`process_vm_readv(2)`); such pieces are collected, so that many of them share a system call.
+//!
+//! Dmabufs on either side are bracketed (see `fabric/mapping.rs`) once from the first byte to the flush.
+
+use std::sync::Arc;
 
 use super::{
+    super::{
+        mapping::{Mapping, Touch},
+        registry::Found,
+    },
     files::PeerFiles,
+    memory::Own,
     sys::{self, IOV_MAX, Iov, Process},
     wire::Location,
 };
@@ -16,6 +25,8 @@ pub(super) struct Copier {
     remote: Vec<Iov>,
     /// For each piece, whose it is.
     owners: Vec<usize>,
+    /// The dmabufs that are being accessed.
+    held: Vec<(Arc<Mapping>, Touch)>,
 }
 
 /// A copy failed.
@@ -30,6 +41,8 @@ pub(super) enum CopyFault {
     },
     /// The peer's process is gone, or not what it was.
     Gone,
+    /// The exporter of a dmabuf did not let the CPU at it.
+    Exporter(i32),
     /// This process may not read the peer's memory.
     NotAllowed(i32),
 }
@@ -40,6 +53,7 @@ impl Copier {
             local: Vec::with_capacity(IOV_MAX),
             remote: Vec::with_capacity(IOV_MAX),
             owners: Vec::with_capacity(IOV_MAX),
+            held: Vec::new(),
         }
     }
 
@@ -48,6 +62,28 @@ impl Copier {
         self.local.clear();
         self.remote.clear();
         self.owners.clear();
+        if let Err(fault) = self.let_go() {
+            tracing::debug!(?fault, "of a copy that does not count");
+        }
+    }
+
+    /// Brackets a dmabuf until the next flush.
+    fn hold(&mut self, mapping: &Arc<Mapping>, touch: Touch) -> Result<(), CopyFault> {
+        let is_held =
+            |(held, of): &(Arc<Mapping>, Touch)| Arc::ptr_eq(held, mapping) && *of == touch;
+        if mapping.is_bracketed() && !self.held.iter().any(is_held) {
+            mapping.begin(touch).map_err(|e| exporter(&e))?;
+            self.held.push((Arc::clone(mapping), touch));
+        }
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> Result<(), CopyFault> {
+        let mut result = Ok(());
+        for (mapping, touch) in self.held.drain(..) {
+            result = result.and(mapping.end(touch).map_err(|e| exporter(&e)));
+        }
+        result
     }
 
     /// Copies `length` bytes at `from` to `to`, or collects the piece for [`Copier::flush`]. `owner` never shrinks.
@@ -60,9 +96,13 @@ impl Copier {
         owner: usize,
         files: &mut PeerFiles,
         process: Option<&Process>,
-        (from, to): (Location, u64),
+        (from, to): (Location, &Found<'_, Own>),
         length: u32,
     ) -> Result<(), CopyFault> {
+        if let Some(mapping) = to.mapping {
+            self.hold(mapping, Touch::Write)?;
+        }
+        let to = to.host;
         if from.file != 0 {
             if !files.has(from.file) {
                 return Err(CopyFault::UnknownFile);
@@ -70,10 +110,11 @@ impl Copier {
             let Some(source) = files.locate(from, length) else {
                 return Err(CopyFault::Missing { owner });
             };
+            self.hold(source.mapping, Touch::Read)?;
             // SAFETY: the source is mapped as long as the file is announced; the destination is the caller's promise.
             // They do not overlap: one is a mapping that this context made for itself. (Should a peer in the same
             // process have announced its own destination, the bytes are any mix, as with memory that others write.)
-            unsafe { sys::copy(source, to, length as usize) };
+            unsafe { sys::copy(source.address, to, length as usize) };
             return Ok(());
         }
         let Some(process) = process else {
@@ -94,18 +135,36 @@ impl Copier {
         Ok(())
     }
 
+    /// Copies `length` bytes at `source` of this process to `to` at once.
+    ///
+    /// # Safety
+    ///
+    /// The source must be mapped, the destination memory that may be overwritten now: registered memory.
+    pub(super) unsafe fn copy_here(
+        &mut self,
+        source: u64,
+        to: &Found<'_, Own>,
+        length: u32,
+    ) -> Result<(), CopyFault> {
+        if let Some(mapping) = to.mapping {
+            self.hold(mapping, Touch::Write)?;
+        }
+        // SAFETY: the caller's promise; a peer's outbox and registered memory are different mappings.
+        unsafe { sys::copy(source, to.host, length as usize) };
+        Ok(())
+    }
+
     /// Copies what was collected. The bytes are the peer's only if this succeeds: its process was there afterwards,
     /// so its number meant no other while they were read.
     pub(super) fn flush(&mut self, process: Option<&Process>) -> Result<(), CopyFault> {
-        if self.local.is_empty() {
-            return Ok(());
-        }
         let result = match process {
+            _ if self.local.is_empty() => Ok(()),
             Some(process) => self.read(process),
             None => Err(CopyFault::NotAllowed(libc::EPERM)),
         };
+        let ended = self.let_go();
         self.clear();
-        result
+        result.and(ended)
     }
 
     fn read(&self, process: &Process) -> Result<(), CopyFault> {
@@ -134,4 +193,8 @@ impl Copier {
         }
         Ok(())
     }
+}
+
+fn exporter(error: &std::io::Error) -> CopyFault {
+    CopyFault::Exporter(error.raw_os_error().unwrap_or(libc::EIO))
 }

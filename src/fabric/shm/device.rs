@@ -3,7 +3,10 @@
 use std::{
     fs, io,
     net::{IpAddr, UdpSocket},
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     sync::Arc,
     time::Duration,
 };
@@ -12,12 +15,13 @@ use parking_lot::Mutex;
 
 use super::{
     super::{
-        Access, Capabilities, Context, Device, DeviceInfo, FabricError, FabricErrorKind,
-        FabricKind, FileRange, LinkState, MemoryKeys,
+        Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError,
+        FabricErrorKind, FabricKind, FileRange, LinkState, MemoryKeys, WindowCaps,
+        mapping::Mapping,
     },
     connect::listener_name,
     context::ShmContext,
-    memory::{NewRegion, Registry},
+    memory::{Files, InFile, Registry},
     responder::MAX_MESSAGE,
     sys,
     wire::{Address, Host, MAX_DEPTH, MAX_INLINE, MAX_SGE, Token},
@@ -71,6 +75,14 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_mr: isize::MAX as u64,
     mtu: 0,
     read: true,
+    windows: Some(WindowCaps {
+        max: 1 << 16,
+        per_lane: true,
+        bounded: true,
+        final_when_done: true,
+    }),
+    dmabuf: true,
+    relaxed_ordering: false,
 };
 
 /// The rail between processes of one host: a socket to meet at, and the registrations.
@@ -84,6 +96,7 @@ pub struct ShmDevice {
     /// Stays where it is while the device lives: peers find it by its address.
     beacon: Box<Token>,
     registry: Arc<Registry>,
+    files: Files,
 }
 
 impl ShmDevice {
@@ -121,6 +134,7 @@ impl ShmDevice {
             address: format!("pid {}", std::process::id()),
             link: LinkState::Active,
             bits_per_second: 0,
+            pci: None,
             caps: CAPABILITIES,
         };
         Ok(Arc::new(Self {
@@ -131,6 +145,7 @@ impl ShmDevice {
             listener: Mutex::new(Some(listener)),
             beacon,
             registry: Arc::new(Registry::new()),
+            files: Files::default(),
         }))
     }
 
@@ -149,7 +164,7 @@ impl ShmDevice {
     /// The address of the lane with this token.
     pub(super) fn address(&self, token: Token) -> Address {
         let at = std::ptr::from_ref::<Token>(&self.beacon).expose_provenance() as u64;
-        let files_only = self.registry.only_files();
+        let files_only = self.registry.all(Option::is_some);
         Address::new(
             self.host,
             self.listener_number,
@@ -173,10 +188,12 @@ impl ShmDevice {
     fn insert(
         &self,
         operation: &'static str,
-        region: NewRegion,
+        (address, length): (u64, u64),
+        access: Access,
+        mapping: Option<Mapping>,
+        file: Option<InFile>,
     ) -> Result<MemoryKeys, FabricError> {
         let refuse = |kind| Err(self.error(operation, kind));
-        let (address, length) = (region.address, region.length);
         if length > self.info.caps.max_mr {
             return refuse(FabricErrorKind::Limit {
                 what: "registration length",
@@ -189,7 +206,7 @@ impl ShmDevice {
                 "{length} bytes at {address:#x} are no memory"
             )));
         }
-        match self.registry.insert(region) {
+        match self.registry.insert(address, length, access, mapping, file) {
             Some(keys) => Ok(keys),
             None => refuse(FabricErrorKind::Limit {
                 what: "registrations since the device was opened",
@@ -197,6 +214,31 @@ impl ShmDevice {
                 limit: (1 << 31) - 1,
             }),
         }
+    }
+
+    /// Where peers find `length` bytes at `offset` of a file, if they can map it safely.
+    fn share(&self, fd: BorrowedFd<'_>, offset: u64, length: u64) -> Option<InFile> {
+        let share = || {
+            let Some(facts) = sys::facts(fd)? else {
+                return Ok(None);
+            };
+            let end = offset.checked_add(length);
+            if end.is_none_or(|end| end > facts.length) {
+                return Ok(None);
+            }
+            // Peers only read. (A dmabuf cannot be opened again.)
+            let fd = sys::reopen_read_only(fd).or_else(|_| fd.try_clone_to_owned())?;
+            let file = self.files.share(fd, &facts);
+            Ok(file.map(|file| InFile { file, offset }))
+        };
+        let shared: io::Result<_> = share();
+        if !matches!(shared, Ok(Some(_))) {
+            tracing::debug!(
+                ?shared,
+                "a file that peers cannot map; they will read this process's memory"
+            );
+        }
+        shared.ok().flatten()
     }
 }
 
@@ -216,15 +258,7 @@ impl Device for ShmDevice {
         length: u64,
         access: Access,
     ) -> Result<MemoryKeys, FabricError> {
-        let region = NewRegion {
-            address,
-            length,
-            access,
-            mapped_at: address,
-            file: None,
-            mapping: None,
-        };
-        self.insert("register", region)
+        self.insert("register", (address, length), access, None, None)
     }
 
     unsafe fn register_file(
@@ -232,19 +266,25 @@ impl Device for ShmDevice {
         range: &FileRange<'_>,
         access: Access,
     ) -> Result<MemoryKeys, FabricError> {
-        let file = shared(range).unwrap_or_else(|error| {
-            tracing::debug!(%error, "peers cannot map this file; they will read the process's memory");
-            None
-        });
-        let region = NewRegion {
-            address: range.address,
-            length: range.length,
-            access,
-            mapped_at: range.address,
-            file,
-            mapping: None,
-        };
-        self.insert("register", region)
+        let file = self.share(range.fd, range.offset, range.length);
+        let place = (range.address, range.length);
+        self.insert("register", place, access, None, file)
+    }
+
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        const OPERATION: &str = "register a dmabuf";
+        let write = access.local_write || access.remote_write;
+        let mapping = Mapping::new(range, write).map_err(|(kind, hint)| FabricError {
+            hint,
+            ..self.error(OPERATION, kind)
+        })?;
+        let file = self.share(range.fd, range.offset, range.length);
+        let place = (range.address, range.length);
+        self.insert(OPERATION, place, access, Some(mapping), file)
     }
 
     fn open_context(
@@ -268,20 +308,6 @@ impl Device for ShmDevice {
         };
         Ok(Box::new(ShmContext::new(self, listener)?))
     }
-}
-
-/// What peers need to map the range, if they can do so safely.
-fn shared(range: &FileRange<'_>) -> io::Result<Option<(OwnedFd, sys::FileFacts, u64)>> {
-    let Some(facts) = sys::facts(range.fd)? else {
-        return Ok(None);
-    };
-    let end = range.offset.checked_add(range.length);
-    if end.is_none_or(|end| end > facts.length) {
-        return Ok(None);
-    }
-    // Peers only read.
-    let fd = sys::reopen_read_only(range.fd)?;
-    Ok(Some((fd, facts, range.offset)))
 }
 
 /// Which boot of which kernel this is, and in which name spaces this process lives.

@@ -11,7 +11,8 @@ use std::{
 };
 
 use super::{
-    sys::{self, Mapping},
+    super::{DmabufRange, mapping::Mapping},
+    sys,
     wire::Location,
 };
 
@@ -25,12 +26,28 @@ const MAX_BYTES: u64 = 32 << 40;
 /// All mappings of a context by file.
 #[derive(Debug, Default)]
 pub(super) struct Mappings {
-    known: HashMap<(u64, u64), Weak<Mapping>>,
+    known: HashMap<(u64, u64), Weak<PeerFile>>,
+}
+
+/// A file of a peer, mapped from its beginning.
+#[derive(Debug)]
+pub(super) struct PeerFile {
+    mapping: Arc<Mapping>,
+    length: u64,
+}
+
+/// Bytes of a peer's file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Located<'a> {
+    /// Where they are mapped.
+    pub(super) address: u64,
+    /// What maps them.
+    pub(super) mapping: &'a Arc<Mapping>,
 }
 
 impl Mappings {
     /// Maps the first `length` bytes of a file that a peer has sent, or finds that they are mapped already.
-    pub(super) fn map(&mut self, fd: &OwnedFd, length: u64) -> io::Result<Arc<Mapping>> {
+    pub(super) fn map(&mut self, fd: &OwnedFd, length: u64) -> io::Result<Arc<PeerFile>> {
         let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidData, why));
         let Some(facts) = sys::facts(fd.as_fd())? else {
             return refuse("a file whose size may shrink");
@@ -39,22 +56,34 @@ impl Mappings {
             return refuse("a file that is shorter than announced");
         }
         let known = self.known.get(&facts.identity).and_then(Weak::upgrade);
-        if let Some(known) = known.filter(|known| known.length() as u64 >= length) {
+        if let Some(known) = known.filter(|known| known.length >= length) {
             return Ok(known);
         }
-        self.known.retain(|_, mapping| mapping.strong_count() > 0);
+        self.known.retain(|_, file| file.strong_count() > 0);
         let mapped: u64 = self
             .known
             .values()
             .filter_map(Weak::upgrade)
-            .map(|mapping| mapping.length() as u64)
+            .map(|file| file.length)
             .sum();
         if self.known.len() >= MAX_MAPPINGS || mapped.saturating_add(length) > MAX_BYTES {
             return refuse("more memory than may be mapped");
         }
-        let mapping = Arc::new(Mapping::new(fd.as_fd(), length as usize, false)?);
-        self.known.insert(facts.identity, Arc::downgrade(&mapping));
-        Ok(mapping)
+        let range = DmabufRange {
+            fd: fd.as_fd(),
+            offset: 0,
+            length,
+            // Nothing names it so.
+            address: 0,
+        };
+        let mapping = Mapping::new(&range, false)
+            .map_err(|(kind, _)| io::Error::new(io::ErrorKind::InvalidData, kind))?;
+        let file = Arc::new(PeerFile {
+            mapping: Arc::new(mapping),
+            length,
+        });
+        self.known.insert(facts.identity, Arc::downgrade(&file));
+        Ok(file)
     }
 }
 
@@ -62,17 +91,17 @@ impl Mappings {
 #[derive(Debug, Default)]
 pub(super) struct PeerFiles {
     /// Sorted by number.
-    files: Vec<(u32, Arc<Mapping>)>,
+    files: Vec<(u32, Arc<PeerFile>)>,
     /// Where the last one looked for is.
     last: usize,
 }
 
 impl PeerFiles {
     /// Adds one; `false` if there are too many, or the number is taken.
-    pub(super) fn add(&mut self, number: u32, mapping: Arc<Mapping>) -> bool {
+    pub(super) fn add(&mut self, number: u32, file: Arc<PeerFile>) -> bool {
         match self.files.binary_search_by_key(&number, |file| file.0) {
             Err(at) if self.files.len() < MAX_FILES => {
-                self.files.insert(at, (number, mapping));
+                self.files.insert(at, (number, file));
                 true
             }
             _ => false,
@@ -91,7 +120,7 @@ impl PeerFiles {
     }
 
     /// The mapping of a file.
-    fn find(&mut self, number: u32) -> Option<&Mapping> {
+    fn find(&mut self, number: u32) -> Option<&PeerFile> {
         if self
             .files
             .get(self.last)
@@ -109,7 +138,12 @@ impl PeerFiles {
     }
 
     /// Where `length` bytes at `from` are mapped; nothing if the file is unknown or too short.
-    pub(super) fn locate(&mut self, from: Location, length: u32) -> Option<u64> {
-        self.find(from.file)?.at(from.place, length.into())
+    pub(super) fn locate(&mut self, from: Location, length: u32) -> Option<Located<'_>> {
+        let file = self.find(from.file)?;
+        let end = from.place.checked_add(length.into())?;
+        (end <= file.length).then(|| Located {
+            address: file.mapping.first() + from.place,
+            mapping: &file.mapping,
+        })
     }
 }

@@ -7,7 +7,9 @@ use std::{
 };
 
 use super::{
-    super::{Completion, CompletionKind, LaneConfig, LaneId, Sge, Status, WorkRequest},
+    super::{
+        Completion, CompletionKind, FabricErrorKind, LaneConfig, LaneId, Sge, Status, WorkRequest,
+    },
     copier::{Copier, CopyFault},
     files::{Mappings, PeerFiles},
     memory::{Intent, MemoryView},
@@ -274,7 +276,7 @@ impl Lane {
         request: &WorkRequest,
         sges: &[Sge],
         memory: &mut MemoryView,
-    ) -> Result<(), super::super::FabricErrorKind> {
+    ) -> Result<(), FabricErrorKind> {
         let (requester, notes) = (&mut self.requester, &mut self.notes);
         // SAFETY: the caller's promise.
         unsafe {
@@ -282,6 +284,20 @@ impl Lane {
                 notes.announce(file)
             })
         }
+    }
+
+    /// Whether windows can be bound for it, or what its state is instead.
+    pub(super) fn check_windows(&self) -> Result<Result<(), FabricErrorKind>, &'static str> {
+        match self.phase {
+            Phase::Idle => Err("not connected"),
+            Phase::Failed => Err("failed"),
+            _ => Ok(self.requester.check_room()),
+        }
+    }
+
+    /// Reports what was asked of a window as done.
+    pub(super) fn window_done(&mut self, id: u64) {
+        self.requester.push_done(id);
     }
 
     /// Adds receives, of which the peer is told; the depth if there is no room for them.
@@ -399,6 +415,7 @@ impl Lane {
                 return Ok(false);
             };
             let mut around = Surroundings {
+                lane: self.id,
                 memory: &mut common.memory,
                 copier: &mut common.copier,
                 files: &mut link.files,
@@ -492,10 +509,10 @@ impl Lane {
                 break;
             }
             let address = sge.address + u64::from(skip);
-            let region = common
+            let found = common
                 .memory
                 .local(sge.key, address, piece.into(), Intent::LocalWrite);
-            let Some(to) = region.map(|region| region.pointer(address)) else {
+            let Some(to) = found else {
                 let failure = Failure::new(Status::LocalProtection);
                 return Err(ReadStop::Fault(Fault::Fail(failure)));
             };
@@ -506,7 +523,8 @@ impl Lane {
             let (copier, files) = (&mut common.copier, &mut link.files);
             // SAFETY: the destination lies in a live registration of our own for local writing, which the poster of
             // the read keeps and does not refer to until the request has ended; it is flushed before that.
-            let copied = unsafe { copier.copy(0, files, link.process.as_ref(), (from, to), piece) };
+            let copied =
+                unsafe { copier.copy(0, files, link.process.as_ref(), (from, &to), piece) };
             match copied {
                 Ok(()) => {}
                 Err(CopyFault::UnknownFile) => return Err(ReadStop::UnknownFile),
@@ -746,7 +764,7 @@ fn read_fault(fault: CopyFault) -> Fault {
         CopyFault::UnknownFile => Failure::protocol(),
         CopyFault::Missing { .. } => Failure::new(Status::RemoteAccess),
         CopyFault::Gone => Failure::lost(libc::ESRCH),
-        CopyFault::NotAllowed(errno) => Failure::os(errno),
+        CopyFault::NotAllowed(errno) | CopyFault::Exporter(errno) => Failure::os(errno),
     })
 }
 

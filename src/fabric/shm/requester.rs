@@ -13,7 +13,7 @@ use super::{
         Completion, CompletionKind, FabricErrorKind, LaneConfig, LaneId, LocalKey, Opcode, Sge,
         Status, WorkRequest,
     },
-    memory::{InFile, Intent, MemoryView, Region},
+    memory::{InFile, Intent, MemoryView, Region, location},
     ring::{Descriptor, Outbox, Word},
     wire::{MAX_READS, Op, pack},
 };
@@ -104,6 +104,8 @@ pub(super) struct Requester {
     taken: u64,
     /// How many reads were ever published.
     reads_published: u64,
+    /// Bindings and invalidations of windows, done and not yet taken. They share the slots with the requests.
+    local: VecDeque<u64>,
     /// Whether a failed request has been taken; all later ones are flushed, whether executed or not.
     broken: bool,
     /// The file that the last gather element was in, which the peer knows.
@@ -147,6 +149,7 @@ impl Requester {
             taken_here: 0,
             taken: 0,
             reads_published: 0,
+            local: VecDeque::with_capacity(depth),
             broken: false,
             last_file: 0,
         }
@@ -174,12 +177,7 @@ impl Requester {
         outbox: &Outbox,
         mut announce: impl FnMut(&InFile),
     ) -> Result<(), FabricErrorKind> {
-        if self.posted - self.head >= self.slots.len() as u64 {
-            return Err(FabricErrorKind::QueueFull {
-                queue: "send queue",
-                depth: self.slots.len() as u32,
-            });
-        }
+        self.check_room()?;
         let limit = |what, value, limit| Err(FabricErrorKind::Limit { what, value, limit });
         let (first, count) = (request.first_sge as usize, request.sge_count as usize);
         let Some(list) = first
@@ -242,7 +240,7 @@ impl Requester {
                     outbox.put_element(sequence, element, 0, Default::default());
                     continue;
                 }
-                let Some(region) = memory.local(sge.key, sge.address, sge.length.into(), intent)
+                let Some(found) = memory.local(sge.key, sge.address, sge.length.into(), intent)
                 else {
                     slot.refused = true;
                     continue;
@@ -250,7 +248,7 @@ impl Requester {
                 if is_read {
                     continue;
                 }
-                match &region.file {
+                match found.own {
                     Some(file) if file.file.number != self.last_file => {
                         announce(file);
                         self.last_file = file.file.number;
@@ -258,7 +256,7 @@ impl Requester {
                     Some(_) => {}
                     None => slot.in_process = true,
                 }
-                outbox.put_element(sequence, element, sge.length, region.location(sge.address));
+                outbox.put_element(sequence, element, sge.length, location(&found));
             }
         }
         let elements = if is_read { 0 } else { slot.elements };
@@ -275,6 +273,23 @@ impl Requester {
         }
         self.posted += 1;
         Ok(())
+    }
+
+    /// An error if every slot is in use.
+    pub(super) fn check_room(&self) -> Result<(), FabricErrorKind> {
+        let used = self.posted - self.head + self.local.len() as u64;
+        if used < self.slots.len() as u64 {
+            return Ok(());
+        }
+        Err(FabricErrorKind::QueueFull {
+            queue: "send queue",
+            depth: self.slots.len() as u32,
+        })
+    }
+
+    /// Takes a slot, which must be free, for something that is done already.
+    pub(super) fn push_done(&mut self, id: u64) {
+        self.local.push_back(id);
     }
 
     /// A file is not known to the peer any more.
@@ -400,13 +415,13 @@ impl Requester {
             let list = self.sges.get(start..start + slot.elements as usize);
             list.unwrap_or_default()
                 .iter()
-                .any(|sge| sge.length > 0 && region.overlaps(sge.address, sge.length.into()))
+                .any(|sge| sge.length > 0 && region.names(sge.address, sge.length.into()))
         })
     }
 
     /// Whether [`Requester::take`] would make progress.
     pub(super) fn has_finished(&self, failed: bool) -> bool {
-        self.head < self.posted && (failed || self.head < self.done)
+        !self.local.is_empty() || (self.head < self.posted && (failed || self.head < self.done))
     }
 
     /// Appends finished requests to `out` while it is shorter than `limit`. Once the lane has failed, `failure` holds
@@ -418,6 +433,16 @@ impl Requester {
         out: &mut Vec<Completion>,
         limit: usize,
     ) {
+        while out.len() < limit
+            && let Some(id) = self.local.pop_front()
+        {
+            out.push(Completion {
+                lane,
+                kind: CompletionKind::Sent { id },
+                status: Status::Success,
+                vendor_error: 0,
+            });
+        }
         while self.head < self.posted && out.len() < limit {
             let Some(slot) = self.slot(self.head).copied() else {
                 return;

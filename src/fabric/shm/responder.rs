@@ -14,14 +14,15 @@
 use std::collections::VecDeque;
 
 use super::{
+    super::{LaneId, registry::Found},
     copier::{Copier, CopyFault},
     files::PeerFiles,
     lane::{Fault, ReceiveQueue},
-    memory::{Intent, MemoryView, Region},
+    memory::{Intent, MemoryView, Own, location},
     notes::Notes,
     requester::Failure,
     ring::{Outbox, PeerBox, Word},
-    sys::{self, Process},
+    sys::Process,
     wire::{Location, MAX_READS, Op, Refusal, unpack},
 };
 
@@ -73,6 +74,7 @@ pub(super) struct Responder {
 /// What executing needs from around it.
 #[derive(Debug)]
 pub(super) struct Surroundings<'a> {
+    pub(super) lane: LaneId,
     pub(super) memory: &'a mut MemoryView,
     pub(super) copier: &'a mut Copier,
     pub(super) files: &'a mut PeerFiles,
@@ -164,7 +166,7 @@ impl Responder {
             let Some(read) = self.reads.pop_front() else {
                 break;
             };
-            if read.length > 0 && find_read(around.memory, &read).is_none() {
+            if read.length > 0 && find_read(around.memory, around.lane, &read).is_none() {
                 let (sequence, why) = (self.executed, Refusal::Access);
                 return Err(Fault::Refuse { sequence, why });
             }
@@ -264,10 +266,14 @@ impl Responder {
         if current.length > 0 {
             // The whole range, each time: the registration may have ended since.
             let (address, length) = (current.address, current.length.into());
-            let region = around
-                .memory
-                .remote(current.key, address, length, Intent::RemoteWrite);
-            let Some(to) = region.map(|region| region.pointer(address)) else {
+            let found = around.memory.remote(
+                around.lane,
+                current.key,
+                address,
+                length,
+                Intent::RemoteWrite,
+            );
+            let Some(to) = found else {
                 return Err(Stop::Refuse(Refusal::Access));
             };
             if current.inline {
@@ -275,7 +281,8 @@ impl Responder {
                 let from = from.ok_or(Stop::Protocol)?;
                 // SAFETY: the source lies in the peer's outbox, which is mapped while `peer` lives; the destination in
                 // a live registration of our own that peers may write.
-                unsafe { sys::copy(from, to, current.length as usize) };
+                unsafe { around.copier.copy_here(from, &to, current.length) }
+                    .map_err(Stop::Copy)?;
                 current.done = current.length;
                 *budget = budget.saturating_sub(current.length);
             }
@@ -290,12 +297,15 @@ impl Responder {
                         place: from.place.wrapping_add(current.element_done.into()),
                         ..from
                     };
-                    let to = to + u64::from(current.done);
+                    let to = Found {
+                        host: to.host + u64::from(current.done),
+                        ..to
+                    };
                     let (copier, files) = (&mut *around.copier, &mut *around.files);
                     let owner = self.staged.len();
                     // SAFETY: the destination lies in a live registration of our own that peers may write; nothing
                     // ends registrations before the flush.
-                    unsafe { copier.copy(owner, files, around.process, (from, to), length) }
+                    unsafe { copier.copy(owner, files, around.process, (from, &to), length) }
                         .map_err(Stop::Copy)?;
                     *budget -= length;
                     current.done += length;
@@ -327,14 +337,15 @@ impl Responder {
         if self.reads.len() >= MAX_READS {
             return Err(Stop::Protocol);
         }
-        let region = match read.length {
-            0 => None,
-            _ => Some(find_read(around.memory, &read).ok_or(Stop::Refuse(Refusal::Access))?),
-        };
-        if let Some(file) = region.and_then(|region| region.file.as_ref()) {
-            around.notes.announce(file);
+        let mut from = Location::default();
+        if read.length > 0 {
+            let found = find_read(around.memory, around.lane, &read);
+            let found = found.ok_or(Stop::Refuse(Refusal::Access))?;
+            if let Some(file) = found.own {
+                around.notes.announce(file);
+            }
+            from = location(&found);
         }
-        let from = region.map_or(Location::default(), |region| region.location(read.address));
         around.outbox.put_answer(self.answered, from);
         self.reads.push_back(read);
         self.next += 1;
@@ -384,6 +395,7 @@ impl Responder {
         match fault {
             CopyFault::UnknownFile | CopyFault::Missing { .. } => Fault::Fail(Failure::protocol()),
             CopyFault::Gone => Fault::Fail(Failure::lost(libc::ESRCH)),
+            CopyFault::Exporter(errno) => Fault::Fail(Failure::os(errno)),
             CopyFault::NotAllowed(errno) => {
                 tracing::warn!(
                     errno,
@@ -398,9 +410,14 @@ impl Responder {
     }
 }
 
-/// The registration that `read` may read; none if it must not (any more).
-fn find_read<'a>(memory: &'a mut MemoryView, read: &Serving) -> Option<&'a Region> {
+/// What `read` may read; nothing if it must not (any more).
+fn find_read<'a>(
+    memory: &'a mut MemoryView,
+    lane: LaneId,
+    read: &Serving,
+) -> Option<Found<'a, Own>> {
     memory.remote(
+        lane,
         read.key,
         read.address,
         read.length.into(),

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::fabric::Capabilities;
+use crate::fabric::{Capabilities, WindowCaps};
 
 /// The network, its devices and how they recover. Two nets of one configuration and one single-threaded harness run
 /// alike, event by event.
@@ -82,6 +82,14 @@ impl Default for SimConfig {
                 max_mr: 1 << 40,
                 mtu: 4096,
                 read: true,
+                windows: Some(WindowCaps {
+                    max: 4096,
+                    per_lane: true,
+                    bounded: true,
+                    final_when_done: true,
+                }),
+                dmabuf: true,
+                relaxed_ordering: false,
             },
             trace_capacity: 4096,
         }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::fabric::{
     Completion, CompletionKind, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig,
-    LaneId, MrId, PostError, Sge, WorkRequest,
+    LaneId, MrId, PostError, Sge, Window, WindowBind, WindowId, WorkRequest,
 };
 
 /// Most completions of one poll.
@@ -111,12 +111,13 @@ impl Context for SimContext {
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
         const OPERATION: &str = "deregister";
         let mut world = self.world(OPERATION)?;
-        let known = world
-            .devices
-            .get_mut(self.device.index)
-            .is_some_and(|device| device.regions.deregister(mr));
-        if known {
-            return Ok(());
+        if let Some(device) = world.devices.get_mut(self.device.index) {
+            if device.regions.has_windows(mr) {
+                return Err(device.error(OPERATION, FabricErrorKind::Os(libc::EBUSY)));
+            }
+            if device.regions.deregister(mr) {
+                return Ok(());
+            }
         }
         let kind = FabricErrorKind::Memory(format!("no registration {}", mr.0));
         Err(self.device.error(OPERATION, kind))
@@ -197,6 +198,27 @@ impl Context for SimContext {
         }
         // SAFETY: the caller's promise.
         unsafe { world.post(at, requests, sges) }
+    }
+
+    fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
+        const OPERATION: &str = "bind a window";
+        let mut world = self.world(OPERATION)?;
+        world
+            .bind_window(self.at(lane), bind)
+            .map_err(|kind| self.device.error(OPERATION, kind))
+    }
+
+    fn invalidate_window(
+        &mut self,
+        lane: LaneId,
+        id: u64,
+        window: WindowId,
+    ) -> Result<(), FabricError> {
+        const OPERATION: &str = "invalidate a window";
+        let mut world = self.world(OPERATION)?;
+        world
+            .invalidate_window(self.at(lane), id, window)
+            .map_err(|kind| self.device.error(OPERATION, kind))
     }
 
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {
@@ -305,6 +327,7 @@ impl Context for SimContext {
             if let Some(queue) = device.queue.as_mut() {
                 queue.discard(lane);
             }
+            device.regions.remove_windows_of(lane);
             device.lanes.remove(&lane)
         });
         if removed.is_none() {
@@ -320,6 +343,9 @@ impl Drop for SimContext {
         // The device's own handle is dropped after this and locks again.
         let mut world = self.device.world.lock();
         if let Some(device) = world.devices.get_mut(self.device.index) {
+            for lane in device.lanes.keys() {
+                device.regions.remove_windows_of(*lane);
+            }
             device.lanes.clear();
             device.queue = None;
         }

@@ -9,9 +9,13 @@ use super::{
     context::SimContext,
     world::{PORT, World},
 };
-use crate::fabric::{
-    Access, Context, Device, DeviceInfo, FabricError, FabricErrorKind, FabricKind, LinkState,
-    MemoryKeys,
+use crate::{
+    fabric::{
+        Access, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind, FabricKind,
+        LinkState, MemoryKeys,
+        mapping::{Mapping, page_size},
+    },
+    memory::PciAddress,
 };
 
 /// A handle of a device of a [`SimNet`](super::SimNet). When the last one and the device's context are dropped, the
@@ -25,7 +29,12 @@ pub struct SimDevice {
 }
 
 impl SimDevice {
-    pub(super) fn new(world: Arc<Mutex<World>>, net: u64, name: &str) -> Self {
+    pub(super) fn new(
+        world: Arc<Mutex<World>>,
+        net: u64,
+        name: &str,
+        pci: Option<PciAddress>,
+    ) -> Self {
         let mut guard = world.lock();
         let index = guard.device(name);
         let info = DeviceInfo {
@@ -35,6 +44,7 @@ impl SimDevice {
             address: format!("sim:{name}"),
             link: LinkState::Active,
             bits_per_second: guard.config.bits_per_second,
+            pci,
             caps: guard.config.caps.clone(),
         };
         drop(guard);
@@ -44,6 +54,28 @@ impl SimDevice {
             net,
             info,
         }
+    }
+
+    fn insert(
+        &self,
+        operation: &'static str,
+        address: u64,
+        length: u64,
+        access: Access,
+        mapping: Option<Mapping>,
+    ) -> Result<MemoryKeys, FabricError> {
+        if access.remote_write && !access.local_write {
+            // As ibv_reg_mr(3) requires.
+            let what = "remote write access needs local write access";
+            return Err(self.error(operation, FabricErrorKind::Memory(what.to_owned())));
+        }
+        let mut world = self.world.lock();
+        let device = world.devices.get_mut(self.index);
+        let device =
+            device.ok_or_else(|| self.error(operation, FabricErrorKind::Os(libc::ENODEV)))?;
+        device.alive(operation)?;
+        let keys = device.regions.register(address, length, access, mapping);
+        keys.ok_or_else(|| self.error(operation, FabricErrorKind::Os(libc::ENOMEM)))
     }
 
     pub(super) fn error(&self, operation: &'static str, kind: FabricErrorKind) -> FabricError {
@@ -107,19 +139,32 @@ impl Device for SimDevice {
         if address == 0 || address.checked_add(length).is_none() {
             return refuse("a range that cannot be mapped");
         }
-        if access.remote_write && !access.local_write {
-            // As ibv_reg_mr(3) requires.
-            return refuse("remote write access needs local write access");
+        self.insert(OPERATION, address, length, access, None)
+    }
+
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        const OPERATION: &str = "register a dmabuf";
+        let limit = self.info.caps.max_mr;
+        self.limit(OPERATION, "registration", range.length, limit)?;
+        if !self.info.caps.dmabuf {
+            return Err(self.error(OPERATION, FabricErrorKind::Os(libc::EOPNOTSUPP)));
         }
-        let mut world = self.world.lock();
-        let Some(device) = world.devices.get_mut(self.index) else {
-            return refuse("no such device");
-        };
-        device.alive(OPERATION)?;
-        match device.regions.register(address, length, access) {
-            Some(keys) => Ok(keys),
-            None => Err(self.error(OPERATION, FabricErrorKind::Os(libc::ENOMEM))),
+        if range.offset % page_size() != range.address % page_size() {
+            // As ibv_reg_dmabuf_mr(3) requires.
+            let what = "offset and address differ in their place within a page";
+            return Err(self.error(OPERATION, FabricErrorKind::Memory(what.to_owned())));
         }
+        let write = access.local_write || access.remote_write;
+        let mapping = Mapping::new(range, write).map_err(|(kind, hint)| FabricError {
+            hint,
+            ..self.error(OPERATION, kind)
+        })?;
+        let (address, length) = (range.address, range.length);
+        self.insert(OPERATION, address, length, access, Some(mapping))
     }
 
     fn open_context(

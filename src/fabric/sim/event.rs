@@ -16,6 +16,8 @@ pub(super) enum Event {
     Timeout(At),
     /// A requester may try again after "receiver not ready".
     Resume(At),
+    /// A lane does the next of what it was asked to do with windows.
+    Window(At),
 }
 
 struct Scheduled {

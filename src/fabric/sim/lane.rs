@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{packet::ReadRange, world::At};
+use super::{packet::ReadRange, windows::Asked, world::At};
 use crate::fabric::{LaneConfig, Opcode, RemoteKey, Sge};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +82,8 @@ pub(super) struct Lane {
     pub(super) send_used: u32,
     /// Requests done without a completion since the last completion.
     pub(super) unreported: u32,
+    /// What is to be done with windows, in order; each has a `Window` event in the queue.
+    pub(super) windows: VecDeque<Asked>,
 
     // Responder.
     pub(super) expected: u64,
@@ -125,6 +127,7 @@ impl Lane {
             resume_at: None,
             send_used: 0,
             unreported: 0,
+            windows: VecDeque::new(),
             expected: 0,
             nak_sent: false,
             receives: config.receive_depth,

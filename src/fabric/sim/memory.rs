@@ -4,8 +4,13 @@
 //! a stale key, a key of another device or a local key used as a remote one is refused rather than right by accident.
 //! No key is ever given out twice by one device.
 
+use std::sync::Arc;
+
 use super::rng::Rng;
-use crate::fabric::{Access, LocalKey, MemoryKeys, MrId, RemoteKey, Sge};
+use crate::fabric::{
+    Access, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Sge, Window, WindowBind, WindowId,
+    mapping::{Mapping, Touch},
+};
 
 /// What an access needs of its registration.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -16,11 +21,24 @@ pub(super) enum Need {
     RemoteWrite,
 }
 
-#[derive(Clone, Copy)]
 struct Region {
+    /// How requests and peers name the first byte.
     address: u64,
     length: u64,
     access: Access,
+    /// Where it is in this process: a dmabuf where it is mapped, other memory where its address says.
+    host: u64,
+    mapping: Option<Arc<Mapping>>,
+    window: Option<WindowOf>,
+}
+
+/// What makes a slot a window rather than a registration.
+#[derive(Clone, Copy)]
+struct WindowOf {
+    lane: LaneId,
+    /// The registration.
+    parent: u32,
+    bound: bool,
 }
 
 struct Slot {
@@ -29,9 +47,12 @@ struct Slot {
 }
 
 /// A range that a key allows: proof that the checks were made.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Span {
+    /// In this process.
     address: u64,
+    /// What keeps it there, if it is in a dmabuf.
+    mapping: Option<Arc<Mapping>>,
     length: usize,
     /// Where it lies in its registration.
     pub(super) offset: u64,
@@ -45,16 +66,18 @@ impl Span {
             address: self.address + offset,
             length,
             offset: self.offset + offset,
+            mapping: self.mapping,
         })
     }
 
-    pub(super) fn len(self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.length
     }
 
     /// Appends the bytes to `out`.
     pub(super) fn read(self, out: &mut Vec<u8>) {
         out.reserve(self.length);
+        self.sync(Touch::Read, false);
         let source = self.address as *const u8;
         // SAFETY: the span lies inside a live registration, which by the contract of `Device::register` stays mapped
         // and readable, or is an inline element, which the caller of `read_inline` promises to be readable; `out` has
@@ -65,16 +88,32 @@ impl Span {
             std::ptr::copy_nonoverlapping(source, end, self.length);
             out.set_len(out.len() + self.length);
         }
+        self.sync(Touch::Read, true);
     }
 
     /// Writes `data`, which must be as long as the span.
     pub(super) fn write(self, data: &[u8]) {
         debug_assert_eq!(data.len(), self.length);
         let length = self.length.min(data.len());
+        self.sync(Touch::Write, false);
         // SAFETY: the span lies inside a live registration with a writing access, which by the contract of
         // `Device::register` stays mapped and writable and is under no Rust reference; `data` is our own memory, so
         // the two do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.address as *mut u8, length) }
+        self.sync(Touch::Write, true);
+    }
+
+    /// Tells the exporter of a dmabuf of the CPU's access.
+    fn sync(&self, touch: Touch, end: bool) {
+        let Some(mapping) = &self.mapping else { return };
+        let result = match end {
+            true => mapping.end(touch),
+            false => mapping.begin(touch),
+        };
+        // A simulated device has no caches whose state could matter; the access itself is as good as it gets.
+        if let Err(error) = result {
+            tracing::warn!(%error, "DMA_BUF_IOCTL_SYNC");
+        }
     }
 }
 
@@ -90,6 +129,7 @@ pub(super) unsafe fn read_inline(sges: &[Sge]) -> Vec<u8> {
             address: sge.address,
             length: sge.length as usize,
             offset: 0,
+            mapping: None,
         };
         span.read(&mut data);
     }
@@ -99,6 +139,7 @@ pub(super) unsafe fn read_inline(sges: &[Sge]) -> Vec<u8> {
 pub(super) struct Regions {
     slots: Vec<Slot>,
     free: Vec<u16>,
+    windows: u32,
     local_mask: u32,
     remote_mask: u32,
 }
@@ -108,6 +149,7 @@ impl Regions {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
+            windows: 0,
             local_mask: rng.next_u32(),
             remote_mask: rng.next_u32(),
         }
@@ -119,7 +161,24 @@ impl Regions {
         address: u64,
         length: u64,
         access: Access,
+        mapping: Option<Mapping>,
     ) -> Option<MemoryKeys> {
+        let raw = self.insert(Region {
+            address,
+            length,
+            access,
+            host: mapping.as_ref().map_or(address, Mapping::first),
+            mapping: mapping.map(Arc::new),
+            window: None,
+        })?;
+        Some(MemoryKeys {
+            mr: MrId(u64::from(raw)),
+            local: LocalKey(raw ^ self.local_mask),
+            remote: RemoteKey(raw ^ self.remote_mask),
+        })
+    }
+
+    fn insert(&mut self, region: Region) -> Option<u32> {
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
@@ -132,27 +191,120 @@ impl Regions {
             }
         };
         let slot = self.slots.get_mut(usize::from(index))?;
-        slot.region = Some(Region {
-            address,
-            length,
-            access,
-        });
-        let raw = u32::from(index) << 16 | u32::from(slot.generation);
-        Some(MemoryKeys {
-            mr: MrId(u64::from(raw)),
-            local: LocalKey(raw ^ self.local_mask),
-            remote: RemoteKey(raw ^ self.remote_mask),
-        })
+        slot.region = Some(region);
+        Some(u32::from(index) << 16 | u32::from(slot.generation))
     }
 
     /// False if there is no such registration.
     pub(super) fn deregister(&mut self, mr: MrId) -> bool {
-        let Ok(raw) = u32::try_from(mr.0) else {
-            return false;
-        };
-        if self.region(raw).is_none() {
-            return false;
+        match u32::try_from(mr.0) {
+            Ok(raw) if self.registration(raw).is_some() => self.remove(raw),
+            _ => false,
         }
+    }
+
+    /// Whether there are windows into a registration.
+    pub(super) fn has_windows(&self, mr: MrId) -> bool {
+        self.windows > 0
+            && self.slots.iter().any(|slot| {
+                let window = slot.region.as_ref().and_then(|region| region.window);
+                window.is_some_and(|window| u64::from(window.parent) == mr.0)
+            })
+    }
+
+    /// How many windows there are.
+    pub(super) fn windows(&self) -> u32 {
+        self.windows
+    }
+
+    /// Makes a window, which is not bound yet. Why not, if it cannot be.
+    pub(super) fn add_window(
+        &mut self,
+        lane: LaneId,
+        bind: &WindowBind,
+    ) -> Result<Window, &'static str> {
+        let parent = u32::try_from(bind.mr.0).map_err(|_| "no such registration")?;
+        let region = self.registration(parent).ok_or("no such registration")?;
+        if (bind.access.remote_write && !region.access.remote_write)
+            || (bind.access.remote_read && !region.access.remote_read)
+        {
+            return Err("a right that the registration has not");
+        }
+        let offset = bind.address.checked_sub(region.address);
+        let end = offset.and_then(|offset| offset.checked_add(bind.length));
+        if bind.length == 0 || end.is_none_or(|end| end > region.length) {
+            return Err("a range outside of the registration");
+        }
+        let window = Region {
+            address: bind.address,
+            length: bind.length,
+            access: bind.access,
+            host: region.host + (bind.address - region.address),
+            mapping: region.mapping.clone(),
+            window: Some(WindowOf {
+                lane,
+                parent,
+                bound: false,
+            }),
+        };
+        let raw = self.insert(window).ok_or("no slot is left")?;
+        self.windows += 1;
+        Ok(Window {
+            id: WindowId(u64::from(raw)),
+            remote: RemoteKey(raw ^ self.remote_mask),
+        })
+    }
+
+    /// Whether `lane` has that window.
+    pub(super) fn is_window_of(&self, lane: LaneId, id: WindowId) -> bool {
+        u32::try_from(id.0)
+            .ok()
+            .and_then(|raw| self.region(raw)?.window)
+            .is_some_and(|window| window.lane == lane)
+    }
+
+    /// From now on its key opens it.
+    pub(super) fn open_window(&mut self, id: WindowId) {
+        let slot = usize::try_from(id.0 >> 16).ok();
+        let slot = slot.and_then(|index| self.slots.get_mut(index));
+        if let Some(slot) = slot
+            && u64::from(slot.generation) == id.0 & 0xffff
+            && let Some(window) = slot.region.as_mut().and_then(|r| r.window.as_mut())
+        {
+            window.bound = true;
+        }
+    }
+
+    /// From now on it does not.
+    pub(super) fn remove_window(&mut self, id: WindowId) {
+        if let Ok(raw) = u32::try_from(id.0)
+            && self
+                .region(raw)
+                .is_some_and(|region| region.window.is_some())
+        {
+            self.windows -= 1;
+            self.remove(raw);
+        }
+    }
+
+    /// All windows of a lane are gone.
+    pub(super) fn remove_windows_of(&mut self, lane: LaneId) {
+        if self.windows == 0 {
+            return;
+        }
+        for index in 0..self.slots.len() {
+            let Some(slot) = self.slots.get(index) else {
+                break;
+            };
+            let window = slot.region.as_ref().and_then(|region| region.window);
+            if window.is_some_and(|window| window.lane == lane) {
+                let raw = (index as u32) << 16 | u32::from(slot.generation);
+                self.remove_window(WindowId(raw.into()));
+            }
+        }
+    }
+
+    fn remove(&mut self, raw: u32) -> bool {
         let index = (raw >> 16) as u16;
         let Some(slot) = self.slots.get_mut(usize::from(index)) else {
             return false;
@@ -169,16 +321,32 @@ impl Regions {
     pub(super) fn clear(&mut self) {
         self.free.clear();
         self.slots.clear();
+        self.windows = 0;
     }
 
+    /// What the peer of `lane` may reach with `key`.
     pub(super) fn remote(
         &self,
+        lane: LaneId,
         key: RemoteKey,
         address: u64,
         length: u64,
         need: Need,
     ) -> Option<Span> {
-        self.span(key.0 ^ self.remote_mask, address, length, need)
+        let raw = key.0 ^ self.remote_mask;
+        let region = self.region(raw)?;
+        if region
+            .window
+            .is_some_and(|window| !window.bound || window.lane != lane)
+        {
+            return None;
+        }
+        Self::span(region, address, length, need)
+    }
+
+    /// As [`Regions::region`], but not a window.
+    fn registration(&self, raw: u32) -> Option<&Region> {
+        self.region(raw).filter(|region| region.window.is_none())
     }
 
     fn region(&self, raw: u32) -> Option<&Region> {
@@ -187,8 +355,7 @@ impl Regions {
         (u32::from(slot.generation) == raw & 0xffff).then_some(region)
     }
 
-    fn span(&self, raw: u32, address: u64, length: u64, need: Need) -> Option<Span> {
-        let region = self.region(raw)?;
+    fn span(region: &Region, address: u64, length: u64, need: Need) -> Option<Span> {
         let allowed = match need {
             Need::LocalRead => true,
             Need::LocalWrite => region.access.local_write,
@@ -197,10 +364,12 @@ impl Regions {
         };
         let offset = address.checked_sub(region.address)?;
         let end = offset.checked_add(length)?;
-        (allowed && end <= region.length).then_some(Span {
-            address,
-            length: usize::try_from(length).ok()?,
+        let length = usize::try_from(length).ok()?;
+        (allowed && end <= region.length).then(|| Span {
+            address: region.host + offset,
+            length,
             offset,
+            mapping: region.mapping.clone(),
         })
     }
 
@@ -224,7 +393,8 @@ impl Regions {
             if left == 0 {
                 break;
             }
-            let whole = self.span(sge.key.0 ^ self.local_mask, sge.address, size, need)?;
+            let region = self.registration(sge.key.0 ^ self.local_mask)?;
+            let whole = Self::span(region, sge.address, size, need)?;
             let take = left.min(size - skip);
             spans.push(whole.part(skip, take as usize)?);
             skip = 0;
@@ -240,7 +410,12 @@ mod tests {
 
     fn keys_at(regions: &mut Regions, memory: &mut [u8], access: Access) -> MemoryKeys {
         regions
-            .register(memory.as_mut_ptr() as u64, memory.len() as u64, access)
+            .register(
+                memory.as_mut_ptr() as u64,
+                memory.len() as u64,
+                access,
+                None,
+            )
             .unwrap()
     }
 
@@ -257,13 +432,13 @@ mod tests {
             if let Some(stale) = last {
                 assert!(
                     regions
-                        .remote(stale, address, 1, Need::RemoteWrite)
+                        .remote(LaneId(1), stale, address, 1, Need::RemoteWrite)
                         .is_none()
                 );
             }
             assert!(
                 regions
-                    .remote(keys.remote, address, 16, Need::RemoteWrite)
+                    .remote(LaneId(1), keys.remote, address, 16, Need::RemoteWrite)
                     .is_some()
             );
             assert!(regions.deregister(keys.mr));
@@ -278,7 +453,11 @@ mod tests {
         let mut memory = [0u8; 16];
         let base = memory.as_ptr() as u64;
         let keys = keys_at(&mut regions, &mut memory, Access::REMOTE_WRITE);
-        let ask = |key, address, length, need| regions.remote(key, address, length, need).is_some();
+        let ask = |key, address, length, need| {
+            regions
+                .remote(LaneId(1), key, address, length, need)
+                .is_some()
+        };
         assert!(ask(keys.remote, base, 16, Need::RemoteWrite));
         assert!(!ask(keys.remote, base, 17, Need::RemoteWrite));
         assert!(!ask(keys.remote, base - 1, 2, Need::RemoteWrite));

@@ -36,6 +36,7 @@ mod responder;
 pub(crate) mod rng;
 mod stats;
 mod trace;
+mod windows;
 mod world;
 
 use std::{
@@ -53,6 +54,7 @@ pub use device::SimDevice;
 pub use stats::SimStats;
 pub use trace::{Trace, TraceEntry, TraceEvent};
 
+use crate::memory::PciAddress;
 use world::World;
 
 /// A simulated network. Clones are handles of the same one.
@@ -82,7 +84,13 @@ impl SimNet {
 
     /// The device called `name`: a handle of the living one, or a new one.
     pub fn device(&self, name: &str) -> Arc<SimDevice> {
-        Arc::new(SimDevice::new(Arc::clone(&self.world), self.id, name))
+        Arc::new(SimDevice::new(Arc::clone(&self.world), self.id, name, None))
+    }
+
+    /// Like [`SimNet::device`], with a place in a host.
+    pub fn device_at(&self, name: &str, pci: PciAddress) -> Arc<SimDevice> {
+        let world = Arc::clone(&self.world);
+        Arc::new(SimDevice::new(world, self.id, name, Some(pci)))
     }
 
     /// Virtual nanoseconds since the start.
@@ -126,6 +134,13 @@ impl SimNet {
         let world = self.world.lock();
         let devices = world.devices.iter().map(|d| d.name.clone()).collect();
         world.recorder.snapshot(devices)
+    }
+
+    /// How many memory windows there are on the device called `name`.
+    pub fn windows(&self, name: &str) -> u32 {
+        let world = self.world.lock();
+        let device = world.find(name).and_then(|index| world.devices.get(index));
+        device.map_or(0, |device| device.regions.windows())
     }
 
     /// A hash of all events so far: equal for equal runs.

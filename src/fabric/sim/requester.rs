@@ -122,10 +122,13 @@ impl World {
         let Response { psn, range } = response;
         let mut data = Vec::new();
         if range.length > 0 {
-            let span =
-                device
-                    .regions
-                    .remote(range.key, range.address, range.length, Need::RemoteRead);
+            let span = device.regions.remote(
+                at.lane,
+                range.key,
+                range.address,
+                range.length,
+                Need::RemoteRead,
+            );
             let Some(span) = span else {
                 self.refuse_access(at, to, psn);
                 return None;

@@ -76,10 +76,13 @@ impl World {
         let span = if chunk.length == 0 {
             None
         } else {
-            let whole =
-                device
-                    .regions
-                    .remote(chunk.key, chunk.address, chunk.length, Need::RemoteWrite);
+            let whole = device.regions.remote(
+                at.lane,
+                chunk.key,
+                chunk.address,
+                chunk.length,
+                Need::RemoteWrite,
+            );
             let part = whole.and_then(|whole| whole.part(chunk.offset, chunk.data.len()));
             if part.is_none() {
                 self.refuse_access(at, from, psn);
@@ -101,8 +104,8 @@ impl World {
             lane.receives -= 1;
         }
         if let Some(span) = span {
-            span.write(&chunk.data);
             let offset = span.offset;
+            span.write(&chunk.data);
             self.stats.bytes += length;
             self.trace(
                 at,
@@ -139,7 +142,13 @@ impl World {
         let allowed = range.length == 0
             || device
                 .regions
-                .remote(range.key, range.address, range.length, Need::RemoteRead)
+                .remote(
+                    at.lane,
+                    range.key,
+                    range.address,
+                    range.length,
+                    Need::RemoteRead,
+                )
                 .is_some();
         if !allowed {
             self.refuse_access(at, from, psn);

@@ -174,6 +174,7 @@ impl World {
             Event::Arrive(packet) => self.arrive(*packet),
             Event::Timeout(at) => self.on_timeout(at),
             Event::Resume(at) => self.on_resume(at),
+            Event::Window(at) => self.on_window(at),
         }
         true
     }
@@ -286,7 +287,16 @@ impl World {
         lane.responses.clear();
         let requests = std::mem::take(&mut lane.requests);
         let receives = std::mem::take(&mut lane.receives);
+        let windows = std::mem::take(&mut lane.windows);
         self.trace(at, TraceEvent::State("in error"));
+        for asked in windows {
+            self.complete(
+                at,
+                CompletionKind::Sent { id: asked.id },
+                Status::Flushed,
+                1,
+            );
+        }
         for request in requests {
             self.finish_request(at, request.id, Status::Flushed);
         }

@@ -18,7 +18,7 @@ use mio::{
 use super::{
     super::{
         Completion, Context, Device, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId,
-        MrId, PostError, Sge, Status, WorkRequest,
+        MrId, PostError, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
     },
     device::{TcpDevice, os_error},
     greet::Pending,
@@ -231,6 +231,28 @@ impl TcpContext {
         Ok(())
     }
 
+    /// Whether `lane` may bind windows and take them back: it works, and its send queue has room.
+    fn check_windows_of(&self, operation: &'static str, lane: LaneId) -> Result<(), FabricError> {
+        let state = match self.lanes.get(&lane) {
+            None => "unknown",
+            Some(state) if state.phase == Phase::Idle => "not connected",
+            Some(state) if state.failure.is_some() || state.phase == Phase::Refusing => "failed",
+            Some(state) => {
+                let room = state.send.check_room();
+                return room.map_err(|kind| self.device.error(operation, kind));
+            }
+        };
+        Err(self.lane_state(operation, lane, state))
+    }
+
+    /// Reports what was asked of a window as done.
+    fn window_done(&mut self, lane: LaneId, id: u64) {
+        if let Some(state) = self.lanes.get_mut(&lane) {
+            state.send.push_done(id);
+            self.enqueue(lane);
+        }
+    }
+
     fn check_config(&self, config: &LaneConfig) -> Result<(), FabricError> {
         let caps = &self.device.info().caps;
         let limits = [
@@ -261,6 +283,10 @@ pub(super) fn lane_key(id: LaneId) -> Key {
 
 impl Context for TcpContext {
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
+        if self.memory.has_windows(mr) {
+            let kind = FabricErrorKind::Os(libc::EBUSY);
+            return Err(self.device.error("deregister", kind));
+        }
         let Some(region) = self.memory.remove(mr) else {
             let kind = FabricErrorKind::Memory(format!("no registration {}", mr.0));
             return Err(self.device.error("deregister", kind));
@@ -373,6 +399,49 @@ impl Context for TcpContext {
         outcome
     }
 
+    fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
+        const OPERATION: &str = "bind a window";
+        self.check_windows_of(OPERATION, lane)?;
+        let max = self.device.info().caps.windows.map_or(0, |caps| caps.max);
+        let value = self.memory.windows() as u64 + 1;
+        if value > u64::from(max) {
+            let (what, limit) = ("number of windows", max.into());
+            let kind = FabricErrorKind::Limit { what, value, limit };
+            return Err(self.device.error(OPERATION, kind));
+        }
+        let window = self.memory.bind(lane, bind).map_err(|why| {
+            let kind = FabricErrorKind::Memory(why.to_owned());
+            self.device.error(OPERATION, kind)
+        })?;
+        self.window_done(lane, bind.id);
+        Ok(window)
+    }
+
+    /// A frame under way is checked again before each of its bytes is placed (`Lane::aim`), so it ends here, too.
+    fn invalidate_window(
+        &mut self,
+        lane: LaneId,
+        id: u64,
+        window: WindowId,
+    ) -> Result<(), FabricError> {
+        const OPERATION: &str = "invalidate a window";
+        self.check_windows_of(OPERATION, lane)?;
+        if !self.memory.is_window_of(lane, window) {
+            let kind = FabricErrorKind::Memory(format!("no window {}", window.0));
+            return Err(self.device.error(OPERATION, kind));
+        }
+        let readable = self.memory.unbind(window);
+        self.window_done(lane, id);
+        // An answer that is being sent from it must not go on.
+        if let Some(range) = readable
+            && let Some(state) = self.lanes.get_mut(&lane)
+            && state.transmitter.touches(&range)
+        {
+            state.fail(Failure::new(Status::LocalProtection));
+        }
+        Ok(())
+    }
+
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {
         let Some(state) = self.lanes.get_mut(&lane) else {
             return Err(self.lane_state("post_receives", lane, "unknown"));
@@ -443,6 +512,7 @@ impl Context for TcpContext {
     }
 
     fn destroy_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        self.memory.unbind_all(lane);
         match self.lanes.remove(&lane) {
             // Closes the socket. A stale place in the ready list is skipped.
             Some(_) => Ok(()),

@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 
 use super::{
     super::{
-        Access, Capabilities, Context, Device, DeviceInfo, FabricError, FabricErrorKind,
-        FabricKind, LinkState, MemoryKeys,
+        Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError,
+        FabricErrorKind, FabricKind, LinkState, MemoryKeys, WindowCaps, mapping::Mapping,
     },
     context::TcpContext,
     memory::Registry,
@@ -73,6 +73,14 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_mr: isize::MAX as u64,
     mtu: 0,
     read: true,
+    windows: Some(WindowCaps {
+        max: 1 << 16,
+        per_lane: true,
+        bounded: true,
+        final_when_done: true,
+    }),
+    dmabuf: true,
+    relaxed_ordering: false,
 };
 
 /// The embedded fabric's rail: one listener and its registrations.
@@ -112,6 +120,7 @@ impl TcpDevice {
             address: local.to_string(),
             link: LinkState::Active,
             bits_per_second: 0,
+            pci: None,
             caps: CAPABILITIES,
         };
         Ok(Arc::new(Self {
@@ -134,6 +143,25 @@ impl TcpDevice {
 
     pub(super) fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    fn insert(
+        &self,
+        operation: &'static str,
+        address: u64,
+        length: u64,
+        access: Access,
+        mapping: Option<Mapping>,
+    ) -> Result<MemoryKeys, FabricError> {
+        let keys = self.registry.insert(address, length, access, mapping, ());
+        keys.ok_or_else(|| {
+            let kind = FabricErrorKind::Limit {
+                what: "registrations since the device was opened",
+                value: 1 << 31,
+                limit: (1 << 31) - 1,
+            };
+            self.error(operation, kind)
+        })
     }
 
     pub(super) fn error(&self, operation: &'static str, kind: FabricErrorKind) -> FabricError {
@@ -171,14 +199,27 @@ impl Device for TcpDevice {
                 "{length} bytes at {address:#x} are no memory"
             )));
         }
-        match self.registry.insert(address, length, access) {
-            Some(keys) => Ok(keys),
-            None => refuse(FabricErrorKind::Limit {
-                what: "registrations since the device was opened",
-                value: 1 << 31,
-                limit: (1 << 31) - 1,
-            }),
-        }
+        self.insert("register", address, length, access, None)
+    }
+
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        const OPERATION: &str = "register a dmabuf";
+        let write = access.local_write || access.remote_write;
+        let mapping = Mapping::new(range, write).map_err(|(kind, hint)| FabricError {
+            hint,
+            ..self.error(OPERATION, kind)
+        })?;
+        self.insert(
+            OPERATION,
+            range.address,
+            range.length,
+            access,
+            Some(mapping),
+        )
     }
 
     fn open_context(

@@ -188,6 +188,7 @@ impl Lane {
     fn close(&mut self) {
         // Dropping the socket closes it, which also removes it from the epoll set.
         self.stream = None;
+        self.transmitter.abandon();
         self.phase = Phase::Failed;
         self.deadline = None;
         self.rnr_deadline = None;

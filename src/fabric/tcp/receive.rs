@@ -9,7 +9,10 @@ use std::io;
 use zerocopy::FromBytes;
 
 use super::{
-    super::{Opcode, Status},
+    super::{
+        Opcode, Status,
+        mapping::{Brackets, Touch},
+    },
     lane::{Fault, Lane, Phase},
     memory::{Intent, MemoryView},
     send::{Failure, Gather, pieces},
@@ -42,6 +45,8 @@ pub(super) struct Receiver {
     at: usize,
     done: u32,
     pieces: Vec<Iov>,
+    /// The dmabufs that the pieces point into.
+    dmabufs: Brackets,
     /// The number of the peer's next request.
     expected: u64,
     partial: Option<Partial>,
@@ -56,6 +61,7 @@ impl Receiver {
             at: 0,
             done: 0,
             pieces: Vec::with_capacity(IOV_MAX),
+            dmabufs: Brackets::default(),
             expected: 0,
             partial: None,
         }
@@ -143,9 +149,15 @@ impl Lane {
                 break;
             };
             let wanted = self.aim(memory)?;
-            // SAFETY: `aim` has just filled the pieces with the lane's own stash and with ranges of live
-            // registrations that allow this write; nothing ran in between.
-            match unsafe { sys::read_vectored(fd, &self.receiver.pieces) } {
+            let receiver = &self.receiver;
+            let read = receiver.dmabufs.around(Touch::Write, || {
+                // SAFETY: `aim` has just filled the pieces with the lane's own stash and with ranges of live
+                // registrations that allow this write; nothing ran in between.
+                unsafe { sys::read_vectored(fd, &receiver.pieces) }
+            });
+            // Nothing is aimed at any more, so a registration may end.
+            self.receiver.dmabufs.clear();
+            match read.map_err(|error| Fault::Fail(Failure::of_memory(&error)))? {
                 Ok(0) => {
                     return Err(Fault::Fail(Failure::lost(
                         self.transmitter.broken().unwrap_or(0),
@@ -196,6 +208,7 @@ impl Lane {
     fn aim(&mut self, memory: &mut MemoryView) -> Result<usize, Fault> {
         let receiver = &mut self.receiver;
         receiver.pieces.clear();
+        receiver.dmabufs.clear();
         let mut fault = None;
         // Read responses are matched with the oldest outstanding reads.
         let (mut ahead, mut answered) = (0, None);
@@ -212,16 +225,19 @@ impl Lane {
             match op {
                 Op::Write | Op::WriteImm if left > 0 => {
                     let (address, whole) = (header.address.get(), header.remaining.get());
-                    if !memory.remote(header.key.get(), address, whole.into(), Intent::RemoteWrite)
-                    {
+                    let key = header.key.get();
+                    let found =
+                        memory.remote(self.id, key, address, whole.into(), Intent::RemoteWrite);
+                    let Some(found) = found else {
                         fault = Some(Fault::Refuse {
                             sequence: header.sequence.get(),
                             why: Refusal::Access,
                         });
                         break;
-                    }
+                    };
+                    receiver.dmabufs.add(found.mapping);
                     receiver.pieces.push(Iov {
-                        address: (address + u64::from(done)) as usize,
+                        address: (found.host + u64::from(done)) as usize,
                         length: left as usize,
                     });
                 }
@@ -241,18 +257,20 @@ impl Lane {
                         break;
                     };
                     let mut refused = false;
-                    let room = &mut receiver.pieces;
+                    let (room, dmabufs) = (&mut receiver.pieces, &mut receiver.dmabufs);
                     let aimed = pieces(list, offset + done, left, |sge, address, length| {
-                        refused =
-                            !memory.local(sge.key, address, length.into(), Intent::LocalWrite);
-                        let fits = !refused && room.len() < IOV_MAX - 1;
-                        if fits {
+                        let found =
+                            memory.local(sge.key, address, length.into(), Intent::LocalWrite);
+                        refused = found.is_none();
+                        let found = found.filter(|_| room.len() < IOV_MAX - 1);
+                        if let Some(found) = found {
+                            dmabufs.add(found.mapping);
                             room.push(Iov {
-                                address: address as usize,
+                                address: found.host as usize,
                                 length: length as usize,
                             });
                         }
-                        fits
+                        found.is_some()
                     });
                     if refused {
                         fault = Some(Fault::Fail(Failure::new(Status::LocalProtection)));
@@ -344,12 +362,15 @@ impl Lane {
                     remaining: header.remaining.get(),
                 };
                 let allowed = serving.remaining == 0
-                    || memory.remote(
-                        serving.key,
-                        serving.address,
-                        serving.remaining.into(),
-                        Intent::RemoteRead,
-                    );
+                    || memory
+                        .remote(
+                            self.id,
+                            serving.key,
+                            serving.address,
+                            serving.remaining.into(),
+                            Intent::RemoteRead,
+                        )
+                        .is_some();
                 if !allowed {
                     let why = Refusal::Access;
                     return Err(Fault::Refuse { sequence, why });

@@ -36,6 +36,14 @@ impl Failure {
         }
     }
 
+    /// The exporter of a dmabuf did not let the CPU at it.
+    pub(super) fn of_memory(error: &std::io::Error) -> Self {
+        Self {
+            status: Status::LocalProtection,
+            vendor: error.raw_os_error().unwrap_or(libc::EIO).unsigned_abs(),
+        }
+    }
+
     /// The peer broke the protocol.
     pub(super) fn protocol() -> Self {
         Self {
@@ -94,6 +102,8 @@ pub(super) struct SendQueue {
     reads: VecDeque<u64>,
     /// How much of the oldest one has been placed.
     read_offset: u32,
+    /// Bindings and invalidations of windows, done and not yet taken. They share the slots with the requests.
+    local: VecDeque<u64>,
     /// Whether a failed request has been taken; all later ones are flushed, whether executed or not.
     broken: bool,
 }
@@ -120,6 +130,7 @@ impl SendQueue {
             acked: 0,
             reads: VecDeque::with_capacity(MAX_READS),
             read_offset: 0,
+            local: VecDeque::with_capacity(depth),
             broken: false,
         }
     }
@@ -140,12 +151,7 @@ impl SendQueue {
         sges: &[Sge],
         memory: &mut MemoryView,
     ) -> Result<(), FabricErrorKind> {
-        if self.tail - self.head >= self.slots.len() as u64 {
-            return Err(FabricErrorKind::QueueFull {
-                queue: "send queue",
-                depth: self.slots.len() as u32,
-            });
-        }
+        self.check_room()?;
         let limit = |what, value, limit| Err(FabricErrorKind::Limit { what, value, limit });
         let (first, count) = (request.first_sge as usize, request.sge_count as usize);
         let Some(list) = first
@@ -195,7 +201,10 @@ impl SendQueue {
                 Opcode::Write | Opcode::WriteImm(_) => Intent::LocalRead,
             };
             refused = list.iter().any(|sge| {
-                sge.length > 0 && !memory.local(sge.key, sge.address, sge.length.into(), intent)
+                sge.length > 0
+                    && memory
+                        .local(sge.key, sge.address, sge.length.into(), intent)
+                        .is_none()
             });
         }
         if let Some(slot) = self.slots.get_mut(index) {
@@ -207,6 +216,23 @@ impl SendQueue {
         }
         self.tail += 1;
         Ok(())
+    }
+
+    /// An error if every slot is in use.
+    pub(super) fn check_room(&self) -> Result<(), FabricErrorKind> {
+        let used = self.tail - self.head + self.local.len() as u64;
+        if used < self.slots.len() as u64 {
+            return Ok(());
+        }
+        Err(FabricErrorKind::QueueFull {
+            queue: "send queue",
+            depth: self.slots.len() as u32,
+        })
+    }
+
+    /// Takes a slot, which must be free, for something that is done already.
+    pub(super) fn push_done(&mut self, id: u64) {
+        self.local.push_back(id);
     }
 
     /// The next request to transmit.
@@ -303,7 +329,7 @@ impl SendQueue {
 
     /// Whether [`SendQueue::take`] would make progress.
     pub(super) fn has_finished(&self, failed: bool) -> bool {
-        self.head < self.tail && (failed || self.is_done(self.head))
+        !self.local.is_empty() || (self.head < self.tail && (failed || self.is_done(self.head)))
     }
 
     /// Appends finished requests to `out` while it is shorter than `limit`. Once the lane has failed, `failure` holds
@@ -315,6 +341,16 @@ impl SendQueue {
         out: &mut Vec<Completion>,
         limit: usize,
     ) {
+        while out.len() < limit
+            && let Some(id) = self.local.pop_front()
+        {
+            out.push(Completion {
+                lane,
+                kind: CompletionKind::Sent { id },
+                status: Status::Success,
+                vendor_error: 0,
+            });
+        }
         let mut failure = failure;
         while self.head < self.tail && out.len() < limit {
             let Some(slot) = self.slot(self.head) else {

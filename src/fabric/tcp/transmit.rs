@@ -8,7 +8,10 @@ use std::{collections::VecDeque, io};
 use zerocopy::IntoBytes;
 
 use super::{
-    super::{Opcode, Status},
+    super::{
+        LaneId, Opcode, Status,
+        mapping::{Brackets, Touch},
+    },
     lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
     memory::{Intent, MemoryView, Region},
     send::{Failure, Gather, SendQueue, pieces},
@@ -33,6 +36,8 @@ pub(super) struct Serving {
 pub(super) struct Transmitter {
     headers: Vec<Header>,
     pieces: Vec<Iov>,
+    /// The dmabufs that the pieces point into.
+    dmabufs: Brackets,
     /// The first piece that is not out.
     at: usize,
     bytes: u32,
@@ -61,6 +66,7 @@ impl Transmitter {
         Self {
             headers: Vec::with_capacity(TRAIN),
             pieces: Vec::with_capacity(PIECES),
+            dmabufs: Brackets::default(),
             at: 0,
             bytes: 0,
             serving: VecDeque::new(),
@@ -118,11 +124,15 @@ impl Transmitter {
 
     /// Whether the train under way reads from `region`.
     pub(super) fn touches(&self, region: &Region) -> bool {
-        let end = region.address.saturating_add(region.length);
-        self.pieces.iter().skip(self.at.max(1)).any(|piece| {
-            let first = piece.address as u64;
-            first < end && first.saturating_add(piece.length as u64) > region.address
-        })
+        let mut rest = self.pieces.iter().skip(self.at.max(1));
+        rest.any(|piece| region.holds(piece.address as u64, piece.length as u64))
+    }
+
+    /// Nothing of the train under way goes out any more, so it holds no memory either.
+    pub(super) fn abandon(&mut self) {
+        self.pieces.clear();
+        self.dmabufs.clear();
+        self.at = 0;
     }
 
     fn has_room(&self) -> bool {
@@ -135,9 +145,11 @@ impl Transmitter {
         send: &mut SendQueue,
         receives: &mut ReceiveQueue,
         memory: &mut MemoryView,
+        lane: LaneId,
     ) -> Result<bool, Fault> {
         self.headers.clear();
         self.pieces.clear();
+        self.dmabufs.clear();
         self.at = 0;
         self.bytes = 0;
         // The headers' own piece; filled in when they are complete.
@@ -146,7 +158,7 @@ impl Transmitter {
             length: 0,
         });
         let requests_wait = self.refusal.is_none() && send.next().is_some() && !self.stalled;
-        self.add_responses(memory, requests_wait)?;
+        self.add_responses(memory, lane, requests_wait)?;
         if self.refusal.is_none() {
             self.add_requests(send, memory)?;
         } else if let Some((sequence, why)) = self.refusal
@@ -189,20 +201,27 @@ impl Transmitter {
     }
 
     /// Adds segments of read responses; only half a train if requests wait too.
-    fn add_responses(&mut self, memory: &mut MemoryView, share: bool) -> Result<(), Fault> {
+    fn add_responses(
+        &mut self,
+        memory: &mut MemoryView,
+        lane: LaneId,
+        share: bool,
+    ) -> Result<(), Fault> {
         let limit = if share { TRAIN_BYTES / 2 } else { TRAIN_BYTES };
         while self.has_room() && self.bytes < limit {
             let Some(serving) = self.serving.front_mut() else {
                 return Ok(());
             };
-            let allowed = serving.remaining == 0
-                || memory.remote(
-                    serving.key,
-                    serving.address,
-                    serving.remaining.into(),
-                    Intent::RemoteRead,
-                );
-            if !allowed {
+            // A read of nothing touches no memory and needs no key.
+            let empty = serving.remaining == 0;
+            let found = memory.remote(
+                lane,
+                serving.key,
+                serving.address,
+                serving.remaining.into(),
+                Intent::RemoteRead,
+            );
+            if found.is_none() && !empty {
                 let sequence = serving.sequence;
                 if self.refusal.is_some() {
                     self.serving.clear();
@@ -224,9 +243,10 @@ impl Transmitter {
             header.length = length.into();
             header.remaining = serving.remaining.into();
             self.headers.push(header);
-            if length > 0 {
+            if let Some(found) = found.filter(|_| length > 0) {
+                self.dmabufs.add(found.mapping);
                 self.pieces.push(Iov {
-                    address: serving.address as usize,
+                    address: found.host as usize,
                     length: length as usize,
                 });
                 self.bytes += length;
@@ -327,12 +347,14 @@ impl Transmitter {
                     return false;
                 }
                 // Once more, because the registration may have ended since the post.
-                if !memory.local(sge.key, address, length.into(), Intent::LocalRead) {
+                let found = memory.local(sge.key, address, length.into(), Intent::LocalRead);
+                let Some(found) = found else {
                     refused = true;
                     return false;
-                }
+                };
+                self.dmabufs.add(found.mapping);
                 self.pieces.push(Iov {
-                    address: address as usize,
+                    address: found.host as usize,
                     length: length as usize,
                 });
                 true
@@ -382,12 +404,16 @@ impl Lane {
                     break;
                 }
                 built += 1;
-                if !transmitter.build(&mut self.send, &mut self.receives, memory)? {
+                if !transmitter.build(&mut self.send, &mut self.receives, memory, self.id)? {
                     break;
                 }
             }
             let waiting = transmitter.pieces.get(transmitter.at..).unwrap_or_default();
-            match sys::send_vectored(fd, waiting) {
+            let sent = transmitter
+                .dmabufs
+                .around(Touch::Read, || sys::send_vectored(fd, waiting))
+                .map_err(|error| Fault::Fail(Failure::of_memory(&error)))?;
+            match sent {
                 Ok(n) => transmitter.advance(n),
                 Err(error) => match (error.kind(), error.raw_os_error()) {
                     (io::ErrorKind::WouldBlock, _) => self.writable = false,

@@ -19,7 +19,7 @@ use std::{collections::VecDeque, net::IpAddr, os::fd::RawFd, ptr, sync::Arc};
 
 use crate::fabric::{
     Completion, CompletionKind, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig,
-    LaneId, MrId, PostError, Sge, Status, WorkRequest,
+    LaneId, MrId, PostError, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
 };
 
 use super::{
@@ -32,6 +32,7 @@ use super::{
     poll::BATCH,
     post::{Limits, Poster, ReceiveQueue},
     sys::{self, Zeroable as _},
+    windows::Windows,
 };
 
 /// Completions handed out with one poll, besides the flushed receives of a lane that fails with the last of them.
@@ -51,6 +52,7 @@ pub(super) struct VerbsContext {
     numbers: Vec<(u32, LaneId)>,
     next_lane: u32,
     poster: Poster,
+    windows: Windows,
     batch: Box<[sys::ibv_wc; BATCH]>,
     /// Found while arming, fencing or destroying; handed out before anything newer.
     stash: VecDeque<Completion>,
@@ -78,6 +80,7 @@ impl VerbsContext {
     ) -> Result<Self, FabricError> {
         let completions = Completions::new(&device, completion_depth)?;
         let srq = shared_receive_queue(&device, completion_depth);
+        let windows = Windows::new(device.info_ref().caps.windows);
         let limits = Limits {
             max_message: device.info_ref().caps.max_message,
             max_read_sge: device.limits().max_sge_rd,
@@ -89,6 +92,7 @@ impl VerbsContext {
             lanes: Vec::new(),
             numbers: Vec::new(),
             next_lane: 0,
+            windows,
             poster: Poster::new(limits),
             batch: Box::new([sys::ibv_wc::zeroed(); BATCH]),
             stash: VecDeque::with_capacity(MOST_PER_POLL),
@@ -242,6 +246,9 @@ impl VerbsContext {
 
 impl Context for VerbsContext {
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
+        if self.windows.are_into(mr) {
+            return Err(self.place().os("ibv_dereg_mr", libc::EBUSY));
+        }
         self.device.deregister(mr)
     }
 
@@ -403,6 +410,33 @@ impl Context for VerbsContext {
         unsafe { self.poster.post(self.device.place(), lane, requests, sges) }
     }
 
+    fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
+        let index = self.lane(lane, "bind_window")?;
+        let Some(lane) = self.lanes.get_mut(index) else {
+            let kind = FabricErrorKind::Fatal("closed".into());
+            return Err(self.device.place().error("bind_window", kind));
+        };
+        let (place, domain) = (self.device.place(), self.device.domain());
+        let (windows, poster) = (&mut self.windows, &mut self.poster);
+        self.device.with_region(bind, |region| {
+            windows.bind(place, domain, poster, lane, region, bind)
+        })
+    }
+
+    fn invalidate_window(
+        &mut self,
+        lane: LaneId,
+        id: u64,
+        window: WindowId,
+    ) -> Result<(), FabricError> {
+        let index = self.lane(lane, "invalidate_window")?;
+        let Some(lane) = self.lanes.get_mut(index) else {
+            return Ok(());
+        };
+        self.windows
+            .invalidate(self.device.place(), &mut self.poster, lane, id, window)
+    }
+
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {
         const CALL: &str = "ibv_post_recv";
         let index = self.lane(lane, CALL)?;
@@ -504,6 +538,8 @@ impl Drop for VerbsContext {
     fn drop(&mut self) {
         // Events first: destroying an object waits for the acknowledgement of its events.
         let _ = self.handle_events();
+        // A window holds its queue pair. None can be used any more, for nobody polls; the queue pairs follow at once.
+        self.windows.free_all();
         for lane in std::mem::take(&mut self.lanes) {
             if !lane.qp.is_null() {
                 self.destroy_queue_pair(lane.qp);

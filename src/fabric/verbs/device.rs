@@ -20,8 +20,8 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 
 use crate::fabric::{
-    Access, Capabilities, Context, Device, DeviceInfo, FabricError, FabricErrorKind, FabricKind,
-    LinkState, LocalKey, MemoryKeys, MrId, RemoteKey,
+    Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError, FabricErrorKind,
+    FabricKind, LinkState, LocalKey, MemoryKeys, MrId, RemoteKey, WindowBind, mapping::page_size,
 };
 
 use super::{
@@ -29,19 +29,24 @@ use super::{
     config::VerbsConfig,
     context::VerbsContext,
     error::Place,
-    facts::{DeviceCaps, DeviceFacts, LibraryFacts, PortFacts, Transport},
+    facts::{DeviceCaps, DeviceFacts, DmabufSupport, LibraryFacts, PortFacts, Transport},
     gid::{Gid, GidEntry, GidType, choose_gid},
     inventory::{self, library, read_device, read_port},
     link::{LinkLayer, Mtu, PortState},
     objects::{Opened, ProtectionDomain},
     sys::{self, Zeroable as _},
+    windows,
 };
 
 /// Reads a queue pair may have under way; more gains nothing and costs responder resources.
 const MOST_READS: u32 = 16;
 
 /// A registered memory region.
-struct MemoryRegion(*mut sys::ibv_mr);
+struct MemoryRegion {
+    raw: *mut sys::ibv_mr,
+    /// Where it is, if there may be windows into it.
+    windows: Option<(u64, u64, Access)>,
+}
 
 // SAFETY: libibverbs objects may be used by any thread.
 unsafe impl Send for MemoryRegion {}
@@ -64,6 +69,7 @@ pub struct VerbsDevice {
     place: Place,
     config: VerbsConfig,
     limits: DeviceCaps,
+    dmabuf: DmabufSupport,
     port: RwLock<PortNow>,
     regions: Mutex<HashMap<u64, MemoryRegion>>,
     next_region: AtomicU64,
@@ -220,6 +226,9 @@ impl VerbsDevice {
             max_mr: limits.max_mr_size,
             mtu: now.active_mtu.bytes(),
             read: limits.max_qp_rd_atom > 0 && limits.max_qp_init_rd_atom > 0,
+            windows: windows::probe(&domain, &limits),
+            dmabuf: facts.dmabuf == DmabufSupport::Supported,
+            relaxed_ordering: facts.relaxed_ordering.is_ok(),
         };
         let info = DeviceInfo {
             kind: FabricKind::Verbs,
@@ -232,6 +241,7 @@ impl VerbsDevice {
             },
             link: LinkState::Active,
             bits_per_second: port.bits_per_second,
+            pci: facts.pci.as_ref().and_then(|pci| pci.parse().ok()),
             caps,
         };
         tracing::info!(device = %info.name, port = number, address = %info.address, mtu = info.caps.mtu, "rail opened");
@@ -240,6 +250,7 @@ impl VerbsDevice {
             place,
             config: config.clone(),
             limits,
+            dmabuf: facts.dmabuf,
             port: RwLock::new(now),
             regions: Mutex::default(),
             next_region: AtomicU64::new(1),
@@ -342,6 +353,28 @@ impl VerbsDevice {
         }
     }
 
+    /// Takes a region over and tells its keys. `windows` says where it is, if there may be windows into it.
+    ///
+    /// # Safety
+    ///
+    /// It is live and nobody else's.
+    unsafe fn keep(
+        &self,
+        raw: *mut sys::ibv_mr,
+        windows: Option<(u64, u64, Access)>,
+    ) -> MemoryKeys {
+        // SAFETY: the region is live; the library filled in its keys when it made it.
+        let (lkey, rkey) = unsafe { ((*raw).lkey, (*raw).rkey) };
+        let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
+        let region = MemoryRegion { raw, windows };
+        self.regions.lock().insert(mr, region);
+        MemoryKeys {
+            mr: MrId(mr),
+            local: LocalKey(lkey),
+            remote: RemoteKey(rkey),
+        }
+    }
+
     /// Ends a registration; the key is gone even if the device is.
     pub(super) fn deregister(&self, mr: MrId) -> Result<(), FabricError> {
         let mut regions = self.regions.lock();
@@ -352,13 +385,43 @@ impl VerbsDevice {
                 .error("ibv_dereg_mr", FabricErrorKind::Memory(what)));
         };
         // SAFETY: regions in the table are live.
-        match unsafe { self.lib().dereg_mr(region.0) } {
+        match unsafe { self.lib().dereg_mr(region.raw) } {
             Ok(()) => {
                 regions.remove(&mr.0);
                 Ok(())
             }
             Err(errno) => Err(self.place.os("ibv_dereg_mr", errno.code())),
         }
+    }
+
+    /// Hands the registration that `bind` is about to `bound`, if a window may be made as it says.
+    pub(super) fn with_region<T>(
+        &self,
+        bind: &WindowBind,
+        bound: impl FnOnce(*mut sys::ibv_mr) -> Result<T, FabricError>,
+    ) -> Result<T, FabricError> {
+        let refuse = |what: &str| {
+            let kind = FabricErrorKind::Memory(what.to_owned());
+            Err(self.place.error("bind_window", kind))
+        };
+        let regions = self.regions.lock();
+        let Some(region) = regions.get(&bind.mr.0) else {
+            return refuse("no such registration");
+        };
+        let Some((address, length, access)) = region.windows else {
+            return refuse("the registration allows no windows");
+        };
+        if (bind.access.remote_write && !access.remote_write)
+            || (bind.access.remote_read && !access.remote_read)
+        {
+            return refuse("a right that the registration has not");
+        }
+        let offset = bind.address.checked_sub(address);
+        let end = offset.and_then(|offset| offset.checked_add(bind.length));
+        if bind.length == 0 || end.is_none_or(|end| end > length) {
+            return refuse("a range outside of the registration");
+        }
+        bound(region.raw)
     }
 
     /// Called by the context when it goes.
@@ -417,26 +480,71 @@ impl Device for VerbsDevice {
         if address == 0 || address.checked_add(length).is_none() {
             return Err(bad("range outside of the address space"));
         }
-        // SAFETY: the domain is live; the caller vouches for the range for as long as the region lives.
+        let flags = access_flags(access);
+        let register = |flags| {
+            // SAFETY: the domain is live; the caller vouches for the range for as long as the region lives.
+            unsafe {
+                self.lib().reg_mr(
+                    self.domain.raw(),
+                    address as *mut std::ffi::c_void,
+                    length as usize,
+                    address,
+                    flags,
+                )
+            }
+        };
+        let wanted =
+            self.info.caps.windows.is_some() && (access.remote_write || access.remote_read);
+        let with_windows = wanted
+            .then(|| register(flags | sys::IBV_ACCESS_MW_BIND).ok())
+            .flatten();
+        let windows = with_windows.map(|_| (address, length, access));
+        let region = match with_windows {
+            Some(region) => region,
+            None => register(flags).map_err(|errno| self.place.os(CALL, errno.code()))?,
+        };
+        // SAFETY: made just above.
+        Ok(unsafe { self.keep(region, windows) })
+    }
+
+    unsafe fn register_dmabuf(
+        &self,
+        range: &DmabufRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        const CALL: &str = "ibv_reg_dmabuf_mr";
+        let (offset, length, address) = (range.offset, range.length, range.address);
+        match self.dmabuf {
+            DmabufSupport::Supported => {}
+            DmabufSupport::NoSymbol => return Err(self.place.os(CALL, libc::ENOSYS)),
+            DmabufSupport::Unsupported(errno) => return Err(self.place.os(CALL, errno)),
+        }
+        self.place
+            .limit(CALL, "length", length, self.limits.max_mr_size)?;
+        let bad = |what: &str| {
+            let what = format!("{what} (offset {offset}, {address:#x}..+{length})");
+            Err(self.place.error(CALL, FabricErrorKind::Memory(what)))
+        };
+        if length == 0 {
+            return bad("empty range");
+        }
+        if address.checked_add(length).is_none() || offset.checked_add(length).is_none() {
+            return bad("range outside of the address space");
+        }
+        if offset % page_size() != address % page_size() {
+            return bad("offset and address differ in their place within a page");
+        }
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&range.fd);
+        // SAFETY: the domain is live and the descriptor open; the caller vouches for what is behind it.
         let region = unsafe {
-            self.lib().reg_mr(
-                self.domain.raw(),
-                address as *mut std::ffi::c_void,
-                length as usize,
-                address,
-                access_flags(access),
-            )
+            let (pd, flags) = (self.domain.raw(), access_flags(access));
+            let length = length as usize;
+            self.lib()
+                .reg_dmabuf_mr(pd, offset, length, address, fd, flags)
         }
         .map_err(|errno| self.place.os(CALL, errno.code()))?;
-        // SAFETY: the region was just made; the library fills in its keys before it returns.
-        let (lkey, rkey) = unsafe { ((*region).lkey, (*region).rkey) };
-        let mr = self.next_region.fetch_add(1, Ordering::Relaxed);
-        self.regions.lock().insert(mr, MemoryRegion(region));
-        Ok(MemoryKeys {
-            mr: MrId(mr),
-            local: LocalKey(lkey),
-            remote: RemoteKey(rkey),
-        })
+        // SAFETY: made just above.
+        Ok(unsafe { self.keep(region, None) })
     }
 
     fn open_context(
@@ -463,7 +571,7 @@ impl Drop for VerbsDevice {
     fn drop(&mut self) {
         for (_, region) in self.regions.get_mut().drain() {
             // SAFETY: regions in the table are live, and all contexts, hence all queue pairs, are gone.
-            if let Err(errno) = unsafe { self.domain.opened().lib().dereg_mr(region.0) } {
+            if let Err(errno) = unsafe { self.domain.opened().lib().dereg_mr(region.raw) } {
                 tracing::warn!(device = %self.info.name, %errno, "ibv_dereg_mr");
             }
         }
@@ -490,6 +598,10 @@ fn access_flags(access: Access) -> u32 {
     }
     if access.remote_read {
         flags |= sys::IBV_ACCESS_REMOTE_READ;
+    }
+    if access.relaxed_ordering {
+        // In IBV_ACCESS_OPTIONAL_RANGE: a device that does not know it ignores it.
+        flags |= sys::IBV_ACCESS_RELAXED_ORDERING;
     }
     flags
 }
@@ -564,8 +676,14 @@ mod tests {
             local_write: false,
             remote_write: false,
             remote_read: true,
+            relaxed_ordering: false,
         };
         assert_eq!(access_flags(read_only), 4);
+        let relaxed = Access {
+            relaxed_ordering: true,
+            ..Access::REMOTE_WRITE
+        };
+        assert_eq!(access_flags(relaxed), 1 | 2 | 1 << 20);
     }
 
     #[test]

@@ -89,6 +89,18 @@ fn hint(operation: &'static str, errno: i32) -> Option<&'static str> {
     Some(match (operation, errno) {
         ("ibv_reg_mr", libc::ENOMEM) => memlock_hint(),
         ("ibv_reg_mr", libc::EFAULT) => "the range is not mapped, or not writable by this process",
+        (
+            "ibv_reg_dmabuf_mr",
+            libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::ENOSYS | libc::ENOENT,
+        ) => {
+            "the device, its driver or its library registers no dmabufs (soft-RoCE never does): it takes Linux 5.12, \
+             rdma-core 34 and a driver that can"
+        }
+        ("ibv_reg_dmabuf_mr", libc::EINVAL) => {
+            "the exporter cannot be reached by the device (PCI peer-to-peer, CONFIG_DMABUF_MOVE_NOTIFY), or the range is \
+             not of this dmabuf"
+        }
+        ("ibv_reg_dmabuf_mr", libc::ENOMEM) => memlock_hint(),
         ("ibv_open_device", libc::EACCES | libc::EPERM) => {
             "this process may not open /dev/infiniband/uverbs*"
         }

@@ -9,6 +9,7 @@
 //! | `context` | the data path: lanes; `progress` of what the device reports, `fence` of what ends |
 //! | `lane`, `attributes`, `address` | one queue pair: its account, its states; how a peer reaches it |
 //! | `post`, `poll` | requests to work requests, work completions to completions |
+//! | `windows` | memory windows of type 2, bound and taken back |
 //! | `events` | completion channel and asynchronous events |
 //! | `sys` | the raw binding |
 
@@ -30,6 +31,7 @@ mod objects;
 mod poll;
 mod post;
 pub(crate) mod sys;
+mod windows;
 
 pub use config::VerbsConfig;
 pub use device::{Skipped, VerbsDevice};

@@ -107,6 +107,49 @@ impl Poster {
         Ok(())
     }
 
+    /// Posts one request that moves no bytes, signalled. `fill` sets its opcode and what belongs to it.
+    ///
+    /// # Safety
+    ///
+    /// The objects that `fill` names are live during the call.
+    pub(super) unsafe fn post_local(
+        &mut self,
+        place: &Place,
+        operation: &'static str,
+        lane: &mut Lane,
+        id: u64,
+        fill: impl FnOnce(&mut sys::ibv_send_wr),
+    ) -> Result<(), FabricError> {
+        let full = |depth| {
+            let queue = "send queue";
+            place.error(operation, FabricErrorKind::QueueFull { queue, depth })
+        };
+        let Some(send) = self.sends.first_mut() else {
+            return Ok(());
+        };
+        if lane.sent.room() == 0 {
+            return Err(full(lane.sent.depth()));
+        }
+        // Nothing is left of an earlier request: rxe's provider refuses a binding that has an immediate.
+        *send = sys::ibv_send_wr::zeroed();
+        send.wr_id = WrId::Send {
+            lane: lane.id,
+            sequence: lane.sent.sequence(0),
+        }
+        .encode();
+        send.send_flags = sys::IBV_SEND_SIGNALED;
+        fill(send);
+        // SAFETY: callers post to connected lanes, whose queue pairs are live; a chain of one without gather list.
+        match unsafe { sys::ibv_post_send(lane.qp, send) } {
+            Ok(()) => {
+                lane.sent.push(id);
+                Ok(())
+            }
+            Err(error) if error.errno.code() == libc::ENOMEM => Err(full(lane.sent.depth())),
+            Err(error) => Err(place.os(operation, error.errno.code())),
+        }
+    }
+
     /// Links as many of `requests` as fit into one chain; the error, if any, is why the next one must not be posted.
     fn fill(
         &mut self,

@@ -69,6 +69,7 @@ fn errors_name_message_field_and_limit() {
         supported: 2,
         rails: Vec::new(),
         lanes: Vec::new(),
+        keepalive_ms: 0,
     });
     let error = message.encode().expect_err("the name is too long");
     assert_eq!(

@@ -144,17 +144,21 @@ fn hello() -> impl Strategy<Value = Message> {
         any::<u8>(),
         vec(rail, 0..=16),
         vec(lane, 0..=64),
+        any::<u32>(),
     )
-        .prop_map(|(incarnation, name, fabric, supported, rails, lanes)| {
-            Message::Hello(Hello {
-                incarnation,
-                name,
-                fabric,
-                supported,
-                rails,
-                lanes,
-            })
-        })
+        .prop_map(
+            |(incarnation, name, fabric, supported, rails, lanes, keepalive_ms)| {
+                Message::Hello(Hello {
+                    incarnation,
+                    name,
+                    fabric,
+                    supported,
+                    rails,
+                    lanes,
+                    keepalive_ms,
+                })
+            },
+        )
 }
 
 fn hello_ack() -> impl Strategy<Value = Message> {

@@ -3,6 +3,8 @@
 //! Cache, below `target/rxe/kernel/`:
 //!
 //! - `current`: name and version of the package in use; kept until `--update-kernel` asks apt again
+//! - `current-dmabuf`: the same for guests that need `/dev/udmabuf` and `/dev/dma_heap`
+//! - `backports/`: package lists of backports, where the release's own kernel is too old for that
 //! - `<package>_<version>/kernel`: what QEMU boots
 //! - `<package>_<version>/modules-<key>/`: the needed modules, decompressed, and their load order in `order`
 //!
@@ -16,10 +18,33 @@ use anyhow::{Context, Result, bail};
 
 use super::bzimage;
 use super::modules::{ModuleTable, ROOTS};
-use crate::{apt, process, workspace};
+use super::sources::Sources;
+use crate::{process, workspace};
 
 /// The package which always depends on Debian's current kernel.
 const META_PACKAGE: &str = "linux-image-amd64";
+
+/// Debian's kernels have had `/dev/udmabuf` and `/dev/dma_heap` since this release. The tests check for them.
+const DMABUF_SINCE: (u32, u32) = (6, 12);
+
+/// Which kernel a guest needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The release's own.
+    Current,
+    /// One that makes dmabufs of host memory; from backports where the release's own is too old.
+    Dmabuf,
+}
+
+impl Choice {
+    /// The file of the cache that names the package in use.
+    fn file(self) -> &'static str {
+        match self {
+            Self::Current => "current",
+            Self::Dmabuf => "current-dmabuf",
+        }
+    }
+}
 
 /// A kernel ready to boot.
 #[derive(Debug)]
@@ -35,7 +60,7 @@ pub(crate) struct Kernel {
 }
 
 /// Finds the kernel in the cache, or downloads it.
-pub(crate) fn prepare(update: bool) -> Result<Kernel> {
+pub(crate) fn prepare(choice: Choice, update: bool) -> Result<Kernel> {
     if std::env::consts::ARCH != "x86_64" {
         bail!(
             "soft-RoCE guests are made for x86_64 only; this machine is {}",
@@ -43,13 +68,13 @@ pub(crate) fn prepare(update: bool) -> Result<Kernel> {
         );
     }
     let cache = workspace::cache("rxe/kernel")?;
-    let current = cache.join("current");
+    let current = cache.join(choice.file());
     let mut package = match fs::read_to_string(&current) {
         Ok(text) if !update => Package::from_line(&text)?,
-        _ => resolve()?,
+        _ => resolve(choice, &cache)?.0,
     };
     if !Place::of(&package, &cache).is_complete() {
-        package = fetch_and_unpack(package, &cache)?;
+        package = fetch_and_unpack(choice, package, &cache)?;
     }
     fs::write(&current, package.to_line())?;
 
@@ -87,15 +112,22 @@ impl Place {
 }
 
 /// Brings a kernel into the cache: `package`, or the current one when Debian no longer has that.
-fn fetch_and_unpack(mut package: Package, cache: &Path) -> Result<Package> {
+fn fetch_and_unpack(choice: Choice, mut package: Package, cache: &Path) -> Result<Package> {
     let work = Workbench::new(cache)?;
-    let deb = match download(&package, &work.path) {
+    let (found, sources) = resolve(choice, cache)?;
+    let deb = match download(&package, &sources, &work.path) {
         Ok(deb) => deb,
+        Err(_) if found != package => {
+            // The kernel in the cache is incomplete and has been replaced since.
+            package = found;
+            download(&package, &sources, &work.path)?
+        }
         Err(_) => {
-            // The package lists are outdated, or the kernel in the cache is incomplete and has been replaced since.
-            apt::update()?;
-            package = resolve()?;
-            download(&package, &work.path)?
+            // The package lists are outdated.
+            sources.update()?;
+            let (found, sources) = resolve(choice, cache)?;
+            package = found;
+            download(&package, &sources, &work.path)?
         }
     };
     let place = Place::of(&package, cache);
@@ -126,26 +158,67 @@ impl Package {
         format!("{} {}\n", self.name, self.version)
     }
 
+    /// Whether its version is `least` or newer. Debian's version begins with the kernel's.
+    fn is_since(&self, least: (u32, u32)) -> bool {
+        let mut numbers = self.version.split(|c: char| !c.is_ascii_digit());
+        let mut next = || numbers.next()?.parse::<u32>().ok();
+        next().zip(next()).is_some_and(|version| version >= least)
+    }
+
     fn folder(&self) -> String {
         format!("{}_{}", self.name, self.version.replace([':', '/'], "-"))
     }
 }
 
-/// Asks apt which kernel is the current one. `KVPUSH_GUEST_KERNEL` names another package, e.g. one from backports.
-fn resolve() -> Result<Package> {
-    let asked = std::env::var("KVPUSH_GUEST_KERNEL").ok();
-    let wanted = asked.as_deref().unwrap_or(META_PACKAGE);
-    let show = |package: &str| {
-        process::text(Command::new("apt-cache").args(["show", "--no-all-versions", package]))
+/// Asks apt which kernel to take, and from where. `KVPUSH_GUEST_KERNEL` names another package than the current one.
+fn resolve(choice: Choice, cache: &Path) -> Result<(Package, Sources)> {
+    let own = Sources::own();
+    match choice {
+        Choice::Current => {
+            let asked = std::env::var("KVPUSH_GUEST_KERNEL").ok();
+            let package = show(&own, asked.as_deref().unwrap_or(META_PACKAGE))?;
+            Ok((package, own))
+        }
+        Choice::Dmabuf => {
+            let package = show(&own, META_PACKAGE)?;
+            if package.is_since(DMABUF_SINCE) {
+                return Ok((package, own));
+            }
+            let (major, minor) = DMABUF_SINCE;
+            let why = || {
+                format!(
+                    "tests with real dmabufs need a kernel {major}.{minor} or newer; this release has {}, and its \
+                     backports were asked next",
+                    package.version
+                )
+            };
+            let backports = Sources::backports(&cache.join("backports")).with_context(why)?;
+            let newer = show(&backports, META_PACKAGE).with_context(why)?;
+            if !newer.is_since(DMABUF_SINCE) {
+                bail!("{}: they have {}", why(), newer.version);
+            }
+            Ok((newer, backports))
+        }
+    }
+}
+
+/// What apt says of a package.
+fn show(sources: &Sources, wanted: &str) -> Result<Package> {
+    let show = || {
+        let mut command = sources.command("apt-cache");
+        process::text(command.args(["show", "--no-all-versions", wanted]))
     };
-    let record = match show(wanted) {
+    let record = match show() {
         Ok(record) => record,
         Err(_) => {
-            apt::update()?;
-            show(wanted)?
+            sources.update()?;
+            show()?
         }
     };
-    concrete_package(&record).with_context(|| format!("`apt-cache show {wanted}` names no kernel"))
+    concrete_package(&record).with_context(|| {
+        let from = &sources.name;
+        format!("`apt-cache show {wanted}` names no kernel in {from}")
+    })
 }
 
 /// Reads an apt record: of a meta package the kernel it depends on, of a kernel itself.
@@ -233,12 +306,12 @@ fn unpack(deb: &Path, work: &Path, place: &Place) -> Result<()> {
     Ok(())
 }
 
-fn download(package: &Package, into: &Path) -> Result<PathBuf> {
+fn download(package: &Package, sources: &Sources, into: &Path) -> Result<PathBuf> {
     println!(
-        "downloading {} {} for the guests (about 70 MB, once)",
-        package.name, package.version
+        "downloading {} {} from {} for the guests (about 70 MB, once)",
+        package.name, package.version, sources.name
     );
-    let mut command = Command::new("apt-get");
+    let mut command = sources.command("apt-get");
     // The unprivileged user apt likes to download as cannot write below the target folder.
     command
         .current_dir(into)
@@ -333,6 +406,21 @@ mod tests {
             concrete_package(record).unwrap().to_line(),
             "linux-image-6.12.9+bpo-amd64 6.12.9-1~bpo12+1\n"
         );
+    }
+
+    #[test]
+    fn versions_are_compared_by_number() {
+        for (version, since) in [
+            ("6.1.172-1", false),
+            ("6.12.95-1~bpo12+1", true),
+            ("6.9-1", false),
+            ("7.0~rc1-1", true),
+            ("5.99.1-1", false),
+            ("nonsense", false),
+        ] {
+            let package = Package::from_line(&format!("linux-image {version}")).unwrap();
+            assert_eq!(package.is_since(DMABUF_SINCE), since, "{version}");
+        }
     }
 
     #[test]

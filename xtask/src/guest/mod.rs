@@ -4,7 +4,7 @@
 //! system, read-only over 9p, with a scratch layer on top: programs run at the paths they were built at, may write
 //! anywhere, and change nothing here. What is to survive goes to `/out`, a folder shared with the host.
 //!
-//! - [`kernel`] downloads and unpacks the kernel, [`modules`] orders its modules, [`bzimage`] unpacks its image
+//! - [`kernel`] downloads and unpacks the kernel, [`sources`] says from where, [`modules`] orders its modules, [`bzimage`] unpacks its image
 //! - [`initramfs`] packs the guest's first process (`init.sh`) with [`cpio`]
 //! - [`builder`] says what a guest is, [`qemu`] starts it, [`supervise`] runs a group of them to the end
 //! - [`console`] reads what they report; [`perftest`] runs and reads `ib_write_bw`
@@ -20,6 +20,7 @@ mod kernel;
 mod modules;
 pub(crate) mod perftest;
 mod qemu;
+mod sources;
 mod supervise;
 
 use std::collections::hash_map::DefaultHasher;
@@ -30,6 +31,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 pub(crate) use builder::{Guest, quote};
+pub(crate) use kernel::Choice;
 pub(crate) use supervise::{Outcome, run};
 
 use crate::{apt, workspace};
@@ -59,11 +61,11 @@ pub(crate) struct Machine {
 }
 
 /// Installs and downloads what is missing and returns what guests boot from.
-pub(crate) fn prepare(update_kernel: bool) -> Result<Machine> {
+pub(crate) fn prepare(choice: Choice, update_kernel: bool) -> Result<Machine> {
     apt::ensure(PACKAGES, "running soft-RoCE guests")?;
     workspace::cache("rxe")?;
     let lock = workspace::lock("rxe/lock")?;
-    let kernel = kernel::prepare(update_kernel)?;
+    let kernel = kernel::prepare(choice, update_kernel)?;
     let initramfs = initramfs::prepare(&kernel)?;
     Ok(Machine {
         kernel: kernel.image,

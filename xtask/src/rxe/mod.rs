@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::guest::{self, Guest, Outcome, perftest};
+use crate::guest::{self, Choice, Guest, Outcome, perftest};
 use crate::process::stage;
 
 const HELP: &str = "\
@@ -17,7 +17,9 @@ Boots Debian's kernel in QEMU (emulated, so neither KVM nor an RDMA device is ne
 system read-only below a scratch layer, and runs this machine's own programs in it, at their own paths.
 
 USAGE
-    cargo xtask rxe [OPTIONS]                    the RDMA test suites in one guest, kvpush-bench between two
+    cargo xtask rxe [OPTIONS]                    the RDMA test suites in one guest, kvpush-bench between two, and the
+                                                 tests with real dmabufs in one guest with a newer kernel
+    cargo xtask rxe [OPTIONS] --dmabuf           the tests with real dmabufs only
     cargo xtask rxe [OPTIONS] --perftest         ib_write_bw instead
     cargo xtask rxe [OPTIONS] -- COMMAND ARGS…   your command instead (in every guest)
     cargo xtask rxe [OPTIONS] --shell-script F   your bash script instead (in every guest)
@@ -28,6 +30,8 @@ OPTIONS
                            2: guests a (10.77.0.1) and b (10.77.0.2), each with a device rxe0, joined by a network
     --rails N            Networks between two guests, each with an RDMA device (rxe0, rxe1, …) [default: 1]
     --perftest           Measure with perftest's ib_write_bw
+    --dmabuf             Boot a kernel that has /dev/udmabuf and /dev/dma_heap (6.12 or newer; of the mirror's
+                         backports where the release's own is older); without a command, run the tests that need them
     --release            Build tests and kvpush-bench with --release
     --timeout SECONDS    For each guest, from power-on to power-off [default: 1200]
     --memory MIB         Of each guest [default: 2048]
@@ -73,6 +77,7 @@ struct Options {
     help: bool,
     guests: Option<Guests>,
     perftest: bool,
+    dmabuf: bool,
     release: bool,
     update_kernel: bool,
     script_file: Option<PathBuf>,
@@ -103,6 +108,7 @@ impl Options {
                     });
                 }
                 "--perftest" => options.perftest = true,
+                "--dmabuf" => options.dmabuf = true,
                 "--release" => options.release = true,
                 "--update-kernel" => options.update_kernel = true,
                 "--shell-script" => options.script_file = Some(value()?.into()),
@@ -128,6 +134,9 @@ impl Options {
         if tasks.into_iter().filter(|task| *task).count() > 1 {
             bail!("--perftest, --shell-script and a command exclude each other");
         }
+        if options.perftest && options.dmabuf {
+            bail!("--perftest and --dmabuf exclude each other");
+        }
         if options.rails == Some(0) {
             bail!("two guests are joined by at least one rail");
         }
@@ -135,6 +144,14 @@ impl Options {
             bail!("a command should follow `--`");
         }
         Ok(options)
+    }
+
+    /// The kernel that was asked for.
+    fn kernel(&self) -> Choice {
+        match self.dmabuf {
+            true => Choice::Dmabuf,
+            false => Choice::Current,
+        }
     }
 
     fn rails(&self) -> usize {
@@ -160,8 +177,11 @@ pub(crate) fn main(args: &[String]) -> Result<()> {
     if let Some(script) = own_script(&options)? {
         return run_script(&options, &script);
     }
+    if options.dmabuf {
+        return dmabuf(&options);
+    }
     let guests = options.guests.unwrap_or(Guests::Both);
-    let machine = guest::prepare(options.update_kernel)?;
+    let machine = guest::prepare(Choice::Current, options.update_kernel)?;
     if options.perftest {
         if guests.one() {
             stage("rxe: ib_write_bw in one guest", || {
@@ -188,7 +208,20 @@ pub(crate) fn main(args: &[String]) -> Result<()> {
             perftest::two_guests(&machine).map(|_| ())
         })?;
     }
-    Ok(())
+    // One xtask at a time has the cache, and one machine of an xtask.
+    drop(machine);
+    match guests.one() {
+        true => dmabuf(&options),
+        false => Ok(()),
+    }
+}
+
+/// The tests with real dmabufs, in a guest whose kernel makes them.
+fn dmabuf(options: &Options) -> Result<()> {
+    stage("rxe: real dmabufs in one guest", || {
+        let machine = guest::prepare(Choice::Dmabuf, options.update_kernel)?;
+        plan::dmabufs_in_one_guest(options, &machine)
+    })
 }
 
 /// The developer's own script or command, as a script.
@@ -209,7 +242,7 @@ fn own_script(options: &Options) -> Result<Option<String>> {
 }
 
 fn run_script(options: &Options, script: &str) -> Result<()> {
-    let machine = guest::prepare(options.update_kernel)?;
+    let machine = guest::prepare(options.kernel(), options.update_kernel)?;
     let guests = options.guests.unwrap_or(Guests::One);
     let mut outcomes = Vec::new();
     if guests.one() {
@@ -271,6 +304,7 @@ mod tests {
             "--nonsense",
             "--",
             "--perftest -- ls",
+            "--perftest --dmabuf",
             "--timeout soon",
             "--rails 0",
             "ls",

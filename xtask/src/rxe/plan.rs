@@ -14,6 +14,15 @@ const GUEST_TESTS: &[&str] = &["fabric_suite", "endpoint_suite", "two_process"];
 /// Test targets whose names start so run in a guest, too.
 const GUEST_TEST_PREFIX: &str = "rxe_";
 
+/// Test targets that need a kernel which makes dmabufs, and what to run of them. They, too, must exist.
+const DMABUF_TESTS: &[(&str, &str)] = &[
+    ("dmabuf", "--include-ignored"),
+    (
+        "fabric_suite",
+        "--include-ignored any_offset outside_of_the_range a_mapping_ends",
+    ),
+];
+
 /// Arguments of all tests. The suites share two emulated devices, and each test of theirs uses threads of its own.
 const TEST_ARGUMENTS: &str = "--test-threads=1";
 
@@ -22,6 +31,10 @@ const VERBS_CASES: &str = "--include-ignored verbs";
 
 /// For one suite, in seconds. Emulation is slow; a suite which hangs should still not take the others with it.
 const SUITE_TIMEOUT: u32 = 600;
+
+/// The end of a script whose `failed` lists what failed.
+const REPORT_FAILURES: &str =
+    "if ((${#failed[@]})); then echo \"FAILED (suite:status): ${failed[*]}\"; exit 1; fi\n";
 
 /// The bench's default port, on which its server listens.
 const BENCH_PORT: u16 = 7700;
@@ -76,6 +89,25 @@ pub(super) fn suites_in_one_guest(options: &Options, machine: &Machine) -> Resul
     Ok(())
 }
 
+/// Everything about real dmabufs, over every fabric, in a guest whose kernel makes them.
+pub(super) fn dmabufs_in_one_guest(options: &Options, machine: &Machine) -> Result<()> {
+    let tests = artifacts::tests(options.release)?;
+    let mut script = String::from(
+        "failed=()\nfor node in /dev/udmabuf /dev/dma_heap/system; do\n    \
+         [ -e $node ] || { echo \"this kernel has no $node\" >&2; exit 1; }\ndone\n",
+    );
+    for (name, cases) in DMABUF_TESTS {
+        let mut suites = tests.iter().filter(|test| test.kind == "test");
+        let suite = suites
+            .find(|test| test.name == *name)
+            .with_context(|| format!("there is no test target {name:?} (see DMABUF_TESTS)"))?;
+        script.push_str(&suite_script(suite, cases));
+    }
+    script.push_str(REPORT_FAILURES);
+    let guest = options.configure(Guest::alone(script));
+    report(&guest::run("dmabuf", machine, vec![guest])?)
+}
+
 /// Pushes from guest `a` into guest `b`, every byte verified.
 pub(super) fn bench_between_two_guests(options: &Options, machine: &Machine) -> Result<()> {
     let bench = artifacts::binary("kvpush-bench", options.release)?;
@@ -118,22 +150,11 @@ fn select(tests: Vec<Executable>) -> (Vec<Executable>, Vec<&'static str>) {
 fn suites_script(suites: &[Executable], bench: &str) -> String {
     let mut script = String::from("failed=()\n");
     for suite in suites {
-        let name = quote(&suite.name);
-        let (dir, path) = (
-            quote(&suite.package_dir.to_string_lossy()),
-            quote(&suite.path.to_string_lossy()),
-        );
         let cases = match suite.name.starts_with(GUEST_TEST_PREFIX) {
             true => "--ignored",
             false => VERBS_CASES,
         };
-        script.push_str(&format!(
-            "echo; echo '---- {name} over rxe'\ncd {dir}\n\
-             CARGO_MANIFEST_DIR={dir} timeout {SUITE_TIMEOUT} {path} {TEST_ARGUMENTS} {cases} | tee /tmp/suite.log\n\
-             status=${{PIPESTATUS[0]}}\n\
-             [ $status = 0 ] || failed+=({name}:$status)\n\
-             grep -Eq 'test result: ok\\. [1-9][0-9]* passed' /tmp/suite.log || failed+=({name}:ran-nothing)\n"
-        ));
+        script.push_str(&suite_script(suite, cases));
     }
     // The bench's main job, two processes over both rails; and once with a wrong expectation, which it must notice.
     script.push_str(&format!(
@@ -143,10 +164,24 @@ fn suites_script(suites: &[Executable], bench: &str) -> String {
          if {bench} {BENCH_FABRIC} {BENCH_WORKLOAD} --plant-error > /tmp/planted.log 2>&1; then failed+=(planted-error-unnoticed); \
          else grep -i -m1 verif /tmp/planted.log || failed+=(planted-error-other-failure); fi\n"
     ));
-    script.push_str(
-        "if ((${#failed[@]})); then echo \"FAILED (suite:status): ${failed[*]}\"; exit 1; fi\n",
-    );
+    script.push_str(REPORT_FAILURES);
     script
+}
+
+/// Runs one test target, and remembers if it failed or ran nothing.
+fn suite_script(suite: &Executable, cases: &str) -> String {
+    let name = quote(&suite.name);
+    let (dir, path) = (
+        quote(&suite.package_dir.to_string_lossy()),
+        quote(&suite.path.to_string_lossy()),
+    );
+    format!(
+        "echo; echo '---- {name} over rxe'\ncd {dir}\n\
+         CARGO_MANIFEST_DIR={dir} timeout {SUITE_TIMEOUT} {path} {TEST_ARGUMENTS} {cases} | tee /tmp/suite.log\n\
+         status=${{PIPESTATUS[0]}}\n\
+         [ $status = 0 ] || failed+=({name}:$status)\n\
+         grep -Eq 'test result: ok\\. [1-9][0-9]* passed' /tmp/suite.log || failed+=({name}:ran-nothing)\n"
+    )
 }
 
 /// The bench's rows (a JSON array, or one object per line): how many there are; an error if any is not what it should.

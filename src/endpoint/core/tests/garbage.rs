@@ -129,6 +129,7 @@ impl Speaker {
                 remote_rail: s.number() as u8,
                 address: s.lane_address(),
             }),
+            keepalive_ms: self.number() as u32,
         })
     }
 

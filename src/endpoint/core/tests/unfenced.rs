@@ -15,7 +15,7 @@ use crate::{
     endpoint::{ArrivalError, IssueError, Push, config::Config},
     fabric::{
         Completion, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId, MrId,
-        PostError, Sge, WorkRequest,
+        PostError, Sge, Window, WindowBind, WindowId, WorkRequest,
     },
     kv::{Dtype, HeadRange, presets::KvShape},
 };
@@ -59,6 +59,19 @@ impl Context for Guarded {
     ) -> Result<(), PostError> {
         // SAFETY: the caller keeps the contract of `Context::post`, which is that of the inner context.
         unsafe { self.inner.post(lane, requests, sges) }
+    }
+
+    fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
+        self.inner.bind_window(lane, bind)
+    }
+
+    fn invalidate_window(
+        &mut self,
+        lane: LaneId,
+        id: u64,
+        window: WindowId,
+    ) -> Result<(), FabricError> {
+        self.inner.invalidate_window(lane, id, window)
     }
 
     fn post_receives(&mut self, lane: LaneId, count: u32) -> Result<(), FabricError> {

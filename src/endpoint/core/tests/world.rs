@@ -23,6 +23,7 @@ use crate::{
         Pool,
         config::Config,
         control::{CloseReason, ConnId},
+        drain::DrainShared,
         region::Region,
         shared::{AccessShared, EndpointShared, ExportHandle, TailArena},
         wake::WakeHandle,
@@ -75,6 +76,8 @@ pub(super) struct Node {
     /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
     pub(super) running: bool,
     inbox: Vec<ControlEvent>,
+    /// Whether what has come for it waits, as in a socket.
+    held: bool,
 }
 
 /// Everything there is.
@@ -179,7 +182,10 @@ impl World {
             if !node.running {
                 continue;
             }
-            let mut events = std::mem::take(&mut node.inbox);
+            let mut events = match node.held {
+                true => Vec::new(),
+                false => std::mem::take(&mut node.inbox),
+            };
             let mut commands = node.commands.try_iter().collect();
             active |= node.core.step(Time(self.now), &mut commands, &mut events);
             let requests = std::mem::take(&mut *node.requests.0.lock());
@@ -377,6 +383,7 @@ impl Node {
             devices,
             tails,
             closed: AtomicBool::new(false),
+            drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
@@ -391,6 +398,7 @@ impl Node {
             unfenceable,
             running: true,
             inbox: Vec::new(),
+            held: false,
         }
     }
 
@@ -450,6 +458,11 @@ impl Node {
         let entry = AccessEntry::new(token.clone(), op, Arc::clone(&shared), timeout);
         assert!(self.shared.command(Command::Access(Box::new(entry))));
         shared
+    }
+
+    /// Keeps what comes over control connections from the node, or no longer does.
+    pub(super) fn hold_events(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Timers of grants that have not come due.

@@ -13,7 +13,7 @@ use super::{
         copier::{Copier, CopyFault},
         files::{Mappings, PeerFiles},
         lane::{Fault, ReceiveQueue},
-        memory::{MemoryView, NewRegion, Registry},
+        memory::{MemoryView, Own, Registry},
         notes::Notes,
         responder::{Responder, Surroundings},
         ring::{Descriptor, Outbox, PeerBox, Word},
@@ -23,7 +23,7 @@ use super::{
     GEOMETRY, HOST, LANE, PAGE, POISON, Victim,
 };
 use crate::{
-    fabric::{Access, FileRange, Opcode, Sge, Status, WorkRequest},
+    fabric::{Access, FileRange, LaneId, Opcode, Sge, Status, WorkRequest, registry::Found},
     memory::{HostMemory, Memory as _},
 };
 
@@ -45,15 +45,9 @@ impl Bench {
     fn new() -> Self {
         let registry = Arc::new(Registry::new());
         let target = HostMemory::new(PAGE as u64).expect("memory");
-        let region = NewRegion {
-            address: target.address(),
-            length: PAGE as u64,
-            access: Access::ALL,
-            mapped_at: target.address(),
-            file: None,
-            mapping: None,
-        };
-        let key = registry.insert(region).expect("a key").remote.0;
+        let place = (target.address(), PAGE as u64);
+        let keys = registry.insert(place.0, place.1, Access::ALL, None, None);
+        let key = keys.expect("a key").remote.0;
         let theirs = Outbox::new(GEOMETRY).expect("outbox");
         let file = theirs.file().try_clone().expect("dup");
         let source = HostMemory::memfd("source", PAGE as u64).expect("memory");
@@ -91,6 +85,7 @@ impl Bench {
 
     fn run(&mut self, responder: &mut Responder, published: u64) -> Result<(), Fault> {
         let mut around = Surroundings {
+            lane: LaneId(1),
             memory: &mut self.memory,
             copier: &mut self.copier,
             files: &mut self.files,
@@ -184,6 +179,15 @@ fn child() -> Child {
     command.spawn().expect("start a process")
 }
 
+fn found(memory: &HostMemory) -> Found<'_, Own> {
+    Found {
+        host: memory.address(),
+        mapping: None,
+        offset: 0,
+        own: &None,
+    }
+}
+
 fn one_piece(process: &Process, from: &HostMemory, to: &HostMemory) -> Result<(), CopyFault> {
     let mut copier = Copier::new();
     let mut files = PeerFiles::default();
@@ -191,7 +195,8 @@ fn one_piece(process: &Process, from: &HostMemory, to: &HostMemory) -> Result<()
         file: 0,
         place: from.address(),
     };
-    let pieces = (from, to.address());
+    let to = found(to);
+    let pieces = (from, &to);
     // SAFETY: the destination is a whole page of this test.
     unsafe { copier.copy(0, &mut files, Some(process), pieces, PAGE as u32) }?;
     copier.flush(Some(process))
@@ -237,7 +242,8 @@ fn a_missing_page_is_found_among_many() {
         let mut result = Ok(());
         for owner in 0..1600 {
             let place = if owner == missing { 8 } else { from.address() };
-            let pieces = (Location { file: 0, place }, to.address());
+            let to = found(&to);
+            let pieces = (Location { file: 0, place }, &to);
             // SAFETY: the destination is a page of this test.
             result = unsafe { copier.copy(owner, &mut files, Some(&own), pieces, 64) };
             if result.is_err() {
@@ -317,7 +323,7 @@ fn a_file_that_may_shrink_is_not_shared() {
     let victim = Victim::new(ShmConfig::default());
     let file = sys::memory_file(PAGE).expect("memfd");
     let mapping = sys::Mapping::new(file.as_fd(), PAGE, true).expect("mmap");
-    assert!(victim.device.registry().only_files());
+    assert!(victim.device.registry().all(Option::is_some));
     let range = FileRange {
         fd: file.as_fd(),
         offset: 0,
@@ -326,5 +332,5 @@ fn a_file_that_may_shrink_is_not_shared() {
     };
     // SAFETY: nothing is posted.
     unsafe { victim.device.register_file(&range, Access::LOCAL) }.expect("register");
-    assert!(!victim.device.registry().only_files());
+    assert!(!victim.device.registry().all(Option::is_some));
 }

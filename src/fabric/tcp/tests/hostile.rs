@@ -235,6 +235,46 @@ fn fence_in_mid_frame_is_final() {
     assert!(!s.memory.bytes().contains(&0x22));
 }
 
+/// A frame of which half has arrived: what comes after the window was taken back is not placed, and is refused.
+#[test]
+fn a_window_taken_back_in_mid_frame_is_shut() {
+    for read_on in [false, true] {
+        let mut s = scene();
+        let bind = WindowBind {
+            id: 5,
+            mr: s.keys.mr,
+            address: s.memory.address() + PAGE as u64,
+            length: PAGE as u64,
+            access: Access::REMOTE_WRITE,
+        };
+        let window = s.end.context.bind_window(s.lane, &bind).unwrap();
+        let mut header = s.frame(Op::Write, 0, PAGE);
+        header.key = window.remote.0.into();
+        s.raw.send(&[header.as_bytes(), &[0x11; PAGE / 2]].concat());
+        let memory = &s.memory;
+        s.end.until("half of the page", |_| {
+            memory.bytes()[PAGE + PAGE / 2 - 1] == 0x11
+        });
+        // In the socket's buffer when the window is taken back, or sent afterwards.
+        if !read_on {
+            s.raw.send(&[0x22; PAGE / 2]);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        s.end
+            .context
+            .invalidate_window(s.lane, 6, window.id)
+            .unwrap();
+        if read_on {
+            s.raw.send(&[0x22; PAGE / 2]);
+        }
+        let nak = s.end.next_header(&mut s.raw);
+        assert_eq!(nak.op(), Some(Op::Nak));
+        let sent = s.end.sends();
+        assert_eq!(sent, [(5, Status::Success), (6, Status::Success)]);
+        assert!(!s.memory.bytes().contains(&0x22));
+    }
+}
+
 #[test]
 fn peer_that_dies_in_mid_frame_fails_the_lane() {
     let mut s = scene();

@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::{
     super::{
         Access, Completion, CompletionKind, Context, Device, LaneAddress, LaneConfig, LaneId,
-        LocalKey, MemoryKeys, Opcode, PostError, RemoteKey, Sge, Status, WorkRequest,
+        LocalKey, MemoryKeys, Opcode, PostError, RemoteKey, Sge, Status, WindowBind, WorkRequest,
     },
     TcpConfig, TcpDevice,
     wire::{Header, Hello, Token, decode_address, encode_address},

@@ -141,6 +141,8 @@ impl VerbsContext {
         }
         // What has succeeded is reported as that: some drivers drop a queue pair's completions along with it.
         let drained = self.drain_to_stash();
+        // They hold the queue pair.
+        self.windows.free_of(self.device.place(), id)?;
         // SAFETY: as above; the lane forgets it below.
         unsafe { self.device.lib().destroy_qp(qp) }
             .map_err(|errno| self.place().os("ibv_destroy_qp", errno.code()))?;

@@ -77,9 +77,13 @@ impl VerbsContext {
         let lane = self.lanes.get_mut(index)?;
         let mut status = wc.status;
         let kind = match wc.id {
-            WrId::Send { sequence, .. } => CompletionKind::Sent {
-                id: lane.sent.retire(sequence)?,
-            },
+            WrId::Send { sequence, .. } => {
+                self.windows
+                    .completed(lane.id, sequence, status == Status::Success);
+                CompletionKind::Sent {
+                    id: lane.sent.retire(sequence)?,
+                }
+            }
             WrId::Receive { .. } => {
                 // After the lane has reported its receives as flushed there is none left to complete.
                 let Some(left) = lane.receives.checked_sub(1) else {

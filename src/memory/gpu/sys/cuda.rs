@@ -1,0 +1,92 @@
+//! libcuda, the driver API: `cuda.h`.
+//!
+//! The header renames functions to versions (`_v2`); the names here are those that the library exports.
+
+use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
+
+use super::super::Runtime;
+use super::library::table;
+
+pub type CUresult = c_int;
+pub type CUdevice = c_int;
+pub type CUdeviceptr = u64;
+pub type CUcontext = *mut c_void;
+pub type CUstream = *mut c_void;
+pub type CUevent = *mut c_void;
+
+pub const CUDA_SUCCESS: CUresult = 0;
+pub const CUDA_ERROR_INVALID_VALUE: CUresult = 1;
+pub const CUDA_ERROR_OUT_OF_MEMORY: CUresult = 2;
+pub const CUDA_ERROR_NO_DEVICE: CUresult = 100;
+pub const CUDA_ERROR_NOT_READY: CUresult = 600;
+pub const CUDA_ERROR_NOT_SUPPORTED: CUresult = 801;
+
+pub const CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS: c_int = 117;
+pub const CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING: c_int = 118;
+pub const CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED: c_int = 124;
+pub const CU_FLUSH_GPU_DIRECT_RDMA_WRITES_OPTION_HOST: c_int = 1;
+pub const CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER: c_int = 100;
+pub const CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX: c_int = 0;
+pub const CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER: c_int = 100;
+pub const CU_POINTER_ATTRIBUTE_MEMORY_TYPE: c_int = 2;
+pub const CU_POINTER_ATTRIBUTE_IS_MANAGED: c_int = 8;
+pub const CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: c_int = 9;
+pub const CU_MEMORYTYPE_DEVICE: c_uint = 2;
+pub const CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD: c_int = 1;
+pub const CU_STREAM_NON_BLOCKING: c_uint = 1;
+pub const CU_EVENT_DISABLE_TIMING: c_uint = 2;
+pub const CU_MEMHOSTREGISTER_PORTABLE: c_uint = 1;
+
+/// File names under which the library is looked for.
+pub const LIBRARY_NAMES: &[&str] = &["libcuda.so.1"];
+
+table! {
+    /// libcuda, opened.
+    Cuda of Runtime::Cuda;
+    required {
+        cuInit: fn(flags: c_uint) -> CUresult;
+        cuDriverGetVersion: fn(version: *mut c_int) -> CUresult;
+        cuDeviceGetCount: fn(count: *mut c_int) -> CUresult;
+        cuDeviceGet: fn(device: *mut CUdevice, ordinal: c_int) -> CUresult;
+        cuDeviceGetName: fn(name: *mut c_char, length: c_int, device: CUdevice) -> CUresult;
+        cuDeviceTotalMem_v2: fn(bytes: *mut usize, device: CUdevice) -> CUresult;
+        cuDeviceGetAttribute: fn(value: *mut c_int, attribute: c_int, device: CUdevice) -> CUresult;
+        cuDeviceGetPCIBusId: fn(name: *mut c_char, length: c_int, device: CUdevice) -> CUresult;
+        cuDevicePrimaryCtxRetain: fn(context: *mut CUcontext, device: CUdevice) -> CUresult;
+        cuDevicePrimaryCtxRelease_v2: fn(device: CUdevice) -> CUresult;
+        cuCtxPushCurrent_v2: fn(context: CUcontext) -> CUresult;
+        cuCtxPopCurrent_v2: fn(context: *mut CUcontext) -> CUresult;
+        cuPointerGetAttribute:
+            fn(data: *mut c_void, attribute: c_int, pointer: CUdeviceptr) -> CUresult;
+        cuMemGetAddressRange_v2:
+            fn(base: *mut CUdeviceptr, size: *mut usize, pointer: CUdeviceptr) -> CUresult;
+        cuMemAlloc_v2: fn(pointer: *mut CUdeviceptr, size: usize) -> CUresult;
+        cuMemFree_v2: fn(pointer: CUdeviceptr) -> CUresult;
+        cuMemcpyDtoH_v2: fn(to: *mut c_void, from: CUdeviceptr, size: usize) -> CUresult;
+        cuMemcpyHtoD_v2: fn(to: CUdeviceptr, from: *const c_void, size: usize) -> CUresult;
+        cuMemcpyDtoHAsync_v2:
+            fn(to: *mut c_void, from: CUdeviceptr, size: usize, stream: CUstream) -> CUresult;
+        cuMemcpyHtoDAsync_v2:
+            fn(to: CUdeviceptr, from: *const c_void, size: usize, stream: CUstream) -> CUresult;
+        cuStreamCreate: fn(stream: *mut CUstream, flags: c_uint) -> CUresult;
+        cuStreamSynchronize: fn(stream: CUstream) -> CUresult;
+        cuStreamDestroy_v2: fn(stream: CUstream) -> CUresult;
+        cuEventCreate: fn(event: *mut CUevent, flags: c_uint) -> CUresult;
+        cuEventRecord: fn(event: CUevent, stream: CUstream) -> CUresult;
+        cuEventQuery: fn(event: CUevent) -> CUresult;
+        cuEventDestroy_v2: fn(event: CUevent) -> CUresult;
+        cuMemHostRegister_v2: fn(pointer: *mut c_void, size: usize, flags: c_uint) -> CUresult;
+        cuMemHostUnregister: fn(pointer: *mut c_void) -> CUresult;
+        cuGetErrorName: fn(error: CUresult, text: *mut *const c_char) -> CUresult;
+    }
+    optional {
+        cuMemGetHandleForAddressRange: fn(
+            handle: *mut c_void,
+            pointer: CUdeviceptr,
+            size: usize,
+            kind: c_int,
+            flags: c_ulonglong,
+        ) -> CUresult;
+        cuFlushGPUDirectRDMAWrites: fn(target: c_int, scope: c_int) -> CUresult;
+    }
+}
