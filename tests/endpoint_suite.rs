@@ -15,10 +15,14 @@ mod inputs;
 mod lifecycle;
 #[path = "endpoint_suite/mover.rs"]
 mod mover;
+#[path = "endpoint_suite/regions.rs"]
+mod regions;
 #[path = "endpoint_suite/transfers.rs"]
 mod transfers;
 #[path = "endpoint_suite/vanish.rs"]
 mod vanish;
+#[path = "endpoint_suite/visibility.rs"]
+mod visibility;
 
 /// One `#[test]` for each case over one fabric.
 macro_rules! suite {
@@ -75,6 +79,12 @@ macro_rules! all_cases {
             lifecycle::nothing_is_left_behind,
             access::an_exported_region_is_read_and_written,
             access::what_is_not_allowed_is_refused,
+            regions::cut_regions_arrive_exactly,
+            regions::cut_regions_are_read_and_written,
+            regions::a_pool_of_hundreds_of_regions,
+            regions::one_registration_for_the_same_memory,
+            regions::overlapping_regions_are_their_own,
+            regions::a_pool_in_use_is_not_closed,
             vanish::a_peer_vanishes,
             drain::a_drain_lets_pushes_finish,
             drain::a_drain_cuts_what_does_not_finish,
@@ -83,7 +93,21 @@ macro_rules! all_cases {
     };
 }
 
+/// Cases with memory of devices that only software can reach.
+macro_rules! software_cases {
+    ($($name:ident $fabric:ident),*) => {$(
+        mod $name {
+            suite!(@ $fabric []
+                visibility::a_layer_is_flushed_before_it_is_reported
+                visibility::whoever_orders_by_himself_is_left_alone
+                visibility::a_failing_flush_ends_the_arrival
+            );
+        }
+    )*};
+}
+
 all_cases!(sim);
 all_cases!(tcp);
 all_cases!(shm);
+software_cases!(device_sim sim, device_tcp tcp);
 all_cases!(verbs #[ignore = "needs an RDMA device: cargo xtask rxe"]);

@@ -16,7 +16,7 @@ use super::{
     drain::DrainShared,
     driver::{self, ControlAdapter, Driver},
     rails,
-    region::Region,
+    regions::{MemoryPath, Policy, Region, Registry},
     shared::{EndpointShared, TailArena},
     wake::WakeHandle,
 };
@@ -168,6 +168,45 @@ impl Builder {
         self
     }
 
+    /// The ways by which rails may reach a device's memory, best first; by default plain, dmabuf, peer memory, staged. A
+    /// path that is not in the list is not tried. Host memory is always registered plainly.
+    pub fn memory_paths(mut self, paths: impl IntoIterator<Item = MemoryPath>) -> Self {
+        self.config.policy.order = paths.into_iter().collect();
+        self
+    }
+
+    /// Most bytes of one registration of a pool or region; longer ones are registered in several. By default as many as
+    /// the device allows.
+    pub fn max_registration(mut self, bytes: u64) -> Self {
+        self.config.policy.max_registration = bytes;
+        self
+    }
+
+    /// Whether registrations let the device reorder its accesses on the host's bus (PCIe relaxed ordering), where it
+    /// can. Default no.
+    ///
+    /// It can raise the throughput on hosts whose memory is far from the device, or with several devices in one virtual
+    /// machine. What is given up: bytes of an earlier write may become visible after those of a later one, until a
+    /// completion has been polled. kvpush itself looks at nothing before a completion, so its own guarantees stay. An
+    /// engine that watches memory for the last byte of a message must not turn it on.
+    pub fn relaxed_ordering(mut self, relaxed: bool) -> Self {
+        self.config.policy.relaxed_ordering = relaxed;
+        self
+    }
+
+    /// Whether a layer, and an arrival, of a pool in a device's memory is reported only after that device has been told
+    /// to make what the NIC wrote visible to the kernels it starts next ([`DeviceMemory::flush`]). Default yes. If not,
+    /// the caller orders: with [`Pool::flush`], or by a means of its own.
+    /// [`GrantOptions::flush`] overrides it.
+    ///
+    /// [`DeviceMemory::flush`]: crate::memory::DeviceMemory::flush
+    /// [`Pool::flush`]: super::Pool::flush
+    /// [`GrantOptions::flush`]: super::GrantOptions::flush
+    pub fn flush_arrivals(mut self, flush: bool) -> Self {
+        self.config.flush = flush;
+        self
+    }
+
     /// How the driver thread waits. Default [`Polling::Adaptive`] with 20 µs.
     pub fn polling(mut self, polling: Polling) -> Self {
         self.config.polling = polling;
@@ -230,6 +269,7 @@ impl Builder {
             addresses,
             devices,
             tails: Arc::clone(&tails),
+            registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
@@ -357,8 +397,16 @@ fn tail_arena(
         Arc::clone(&memory) as Arc<dyn Memory>,
         Access::REMOTE_WRITE,
         devices,
+        &Policy::default(),
     )
-    .map_err(|failed| failed.0)?;
+    .map_err(|failed| EndpointError::from(failed.0))?;
+    if region.is_cut() {
+        return Err(EndpointError::Setting {
+            setting: "max_transfers × tail_capacity",
+            value: format!("{} bytes", region.length()),
+            why: "more than a device registers at once",
+        });
+    }
     Ok(Arc::new(TailArena::new(memory, region, slots, capacity)))
 }
 

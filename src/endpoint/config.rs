@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::regions::Policy;
 use crate::{
     fabric::{FabricKind, verbs::VerbsConfig},
     wire::Auth,
@@ -47,6 +48,8 @@ pub(crate) struct Config {
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
     pub(crate) keepalive: Option<Keepalive>,
+    pub(crate) policy: Policy,
+    pub(crate) flush: bool,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -76,6 +79,8 @@ impl Default for Config {
                 interval: Duration::from_secs(5),
                 timeout: Duration::from_secs(15),
             }),
+            policy: Policy::default(),
+            flush: true,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

@@ -4,11 +4,14 @@
 
 use std::{fmt, time::Duration};
 
-use super::control::CloseReason;
+use super::{
+    control::CloseReason,
+    regions::{PathRefusal, Unreachable},
+};
 use crate::{
     fabric::{FabricError, FabricKind, LaneId, Status},
     kv::{HeadRange, LayoutError, PlanError, pages::PageError},
-    memory::MemoryError,
+    memory::{MemoryError, MemoryKind, PciAddress},
     wire::{GoodbyeCode, GrantError, Incarnation, RefuseCode, RejectCode, RevokeReason},
 };
 
@@ -50,6 +53,24 @@ pub enum EndpointError {
     /// Memory could not be registered.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A rail reaches a device's memory by none of the paths that it may take.
+    #[error("{rail} cannot reach the memory: {}", Refusals(refused))]
+    Unreachable {
+        /// The rail: device and port.
+        rail: String,
+        /// Why not by each path ([`Builder::memory_paths`](super::Builder::memory_paths)).
+        refused: Vec<PathRefusal>,
+    },
+    /// A pool falls into more registrations than a peer can be told of.
+    #[error(
+        "the pool takes {extents} registrations, of which {limit} can be told (hint: shorter pools)"
+    )]
+    TooManyExtents {
+        /// Registrations on all rails.
+        extents: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// A pool's layout does not fit its memory, or is impossible.
     #[error("layout: {0}")]
     Layout(#[from] LayoutError),
@@ -59,6 +80,27 @@ pub enum EndpointError {
     /// The endpoint has been shut down.
     #[error("the endpoint is shut down")]
     Closed,
+}
+
+struct Refusals<'a>(&'a [PathRefusal]);
+
+impl fmt::Display for Refusals<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("no path is allowed (Builder::memory_paths)");
+        }
+        let texts: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&texts.join("; "))
+    }
+}
+
+impl From<Unreachable> for EndpointError {
+    fn from(error: Unreachable) -> Self {
+        match error {
+            Unreachable::Plain(error) => Self::Fabric(error),
+            Unreachable::All { rail, refused } => Self::Unreachable { rail, refused },
+        }
+    }
 }
 
 struct Reasons<'a>(&'a [String]);
@@ -144,6 +186,25 @@ impl IssueError {
     /// Whether the same call can succeed later: when other grants have ended.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::PageBusy { .. } | Self::TooMany { .. })
+    }
+}
+
+/// A device did not make what NICs had written visible to its kernels.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("flush of {kind:?} memory{}: {reason}", device.map(|d| format!(" on {d}")).unwrap_or_default())]
+pub struct FlushError {
+    /// What the memory is.
+    pub kind: MemoryKind,
+    /// The device, if it says which it is.
+    pub device: Option<PciAddress>,
+    /// The runtime's words.
+    pub reason: String,
+}
+
+impl FlushError {
+    /// Whether the same call can succeed later: nobody knows that of a runtime that failed once.
+    pub fn is_retryable(&self) -> bool {
+        false
     }
 }
 
@@ -429,6 +490,9 @@ pub enum ArrivalError {
     /// must not be used. They stay reserved.
     #[error("the writer's lanes could not be fenced, its pages must not be used again: {0}")]
     Unfenced(Box<FabricError>),
+    /// The bytes are there, but the device whose memory they are in did not make them visible to its kernels.
+    #[error(transparent)]
+    Flush(#[from] FlushError),
     /// There is no such layer to wait for.
     #[error("layer {layer} does not exist, there are {layers}")]
     NoSuchLayer {
@@ -446,6 +510,7 @@ impl ArrivalError {
             Self::Expired { .. } | Self::Abandoned { .. } => true,
             Self::Revoked | Self::Unfenced(_) | Self::NoSuchLayer { .. } => false,
             Self::Peer(error) => error.is_retryable(),
+            Self::Flush(error) => error.is_retryable(),
         }
     }
 }

@@ -9,6 +9,7 @@ use std::{
 use super::{
     AccessError, Endpoint, EndpointError, PeerError,
     core::{AccessEntry, AccessOp, Command, ExportRecord, RegionKeys},
+    regions::{Exports, RegionPaths},
     shared::{AccessShared, EndpointShared, ExportHandle},
 };
 use crate::{
@@ -49,7 +50,7 @@ impl Endpoint {
             source,
         };
         let nonce = random_nonce().map_err(random)?;
-        let region = shared.register(memory, access)?;
+        let region = shared.register(memory, access, &mut Exports::default())?;
         let id = shared.next_export.fetch_add(1, Ordering::Relaxed);
         let token = RegionToken::new(RegionTokenFields {
             issuer: shared.incarnation,
@@ -123,6 +124,12 @@ impl LocalRegion {
     /// Bytes.
     pub fn length(&self) -> u64 {
         self.handle.record.region.length()
+    }
+
+    /// How each rail reaches it, and why not in a better way.
+    pub fn paths(&self) -> RegionPaths {
+        let devices = &self.handle.endpoint.devices;
+        self.handle.record.region.paths(devices)
     }
 }
 

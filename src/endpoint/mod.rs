@@ -20,7 +20,7 @@ mod export;
 mod pool;
 mod push;
 mod rails;
-mod region;
+mod regions;
 mod shared;
 mod signal;
 mod wake;
@@ -40,11 +40,13 @@ pub use self::{
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
     error::{
-        AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushInputError,
+        AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
+        PushInputError,
     },
     export::{LocalRegion, RemoteRegion},
-    pool::{GrantOptions, Pool},
+    pool::{GrantOptions, Pool, PoolInUse},
     push::{Push, PushReport},
+    regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths},
 };
 use self::{
     core::{Command, ConnectEntry},
@@ -92,6 +94,23 @@ impl Endpoint {
     /// The rails in use, best fabric first.
     pub fn rails(&self) -> impl Iterator<Item = &DeviceInfo> {
         self.owner.shared.devices.iter().map(|device| device.info())
+    }
+
+    /// The registration of this endpoint that holds `address`, in O(log n): of several the shortest, and of equally short
+    /// ones the latest. For engines that know a pointer and ask whose it is.
+    pub fn locate(&self, address: u64) -> Option<Located> {
+        self.shared().registry.locate(address)
+    }
+
+    /// Whether `region` is still registered. False for a name that has outlived its registration, whatever has been
+    /// registered since.
+    pub fn is_registered(&self, region: RegionId) -> bool {
+        self.shared().registry.is_live(region)
+    }
+
+    /// Registrations that there are, each counted once however many pools share it.
+    pub fn registrations(&self) -> usize {
+        self.shared().registry.len()
     }
 
     /// Makes the session to the endpoint that listens on `address` (`host:port`) now, so that the first push to it does

@@ -5,8 +5,9 @@ use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 use bytes::Bytes;
 
 use super::{
-    Arrival, Endpoint, EndpointError, IssueError,
+    Arrival, Endpoint, EndpointError, FlushError, IssueError,
     core::{ArrivalEntry, Command},
+    regions::{Exports, Region, RegionPaths},
     shared::{ArrivalShared, EndpointShared, PoolHandle, PoolRecord},
 };
 use crate::{
@@ -16,6 +17,9 @@ use crate::{
     protocol::Blocks,
     wire::{Grant, GrantFields, PoolId, random_nonce},
 };
+
+/// Most registrations of a pool beyond one for each region and rail. All of them go into one message.
+const MAX_POOL_EXTENTS: usize = 1 << 16;
 
 /// A KV cache (or one shard of it) that can be pushed from and into.
 ///
@@ -39,6 +43,8 @@ pub struct GrantOptions {
     pub heads: Option<HeadRange>,
     /// Overrides [`super::Builder::parts_per_layer`].
     pub parts_per_layer: Option<u16>,
+    /// Overrides [`super::Builder::flush_arrivals`].
+    pub flush: Option<bool>,
 }
 
 impl GrantOptions {
@@ -49,6 +55,7 @@ impl GrantOptions {
             deadline,
             heads: None,
             parts_per_layer: None,
+            flush: None,
         }
     }
 
@@ -86,16 +93,28 @@ impl EndpointShared {
         layout.validate(&lengths)?;
         let shared = self;
         let mut regions = Vec::with_capacity(memory.len());
+        let give_up = |regions: Vec<Region>, error| {
+            regions.into_iter().for_each(|region| {
+                shared.command(Command::Deregister(region));
+            });
+            Err(error)
+        };
+        let mut exports = Exports::default();
         for memory in memory {
-            match shared.register(memory, Access::REMOTE_WRITE) {
+            match shared.register(memory, Access::REMOTE_WRITE, &mut exports) {
                 Ok(region) => regions.push(region),
-                Err(error) => {
-                    regions.into_iter().for_each(|region| {
-                        shared.command(Command::Deregister(region));
-                    });
-                    return Err(error);
-                }
+                Err(error) => return give_up(regions, error),
             }
+        }
+        drop(exports);
+        let extents = regions.iter().flat_map(Region::rails);
+        let extents = extents
+            .map(|rail| rail.remote().len().saturating_sub(1))
+            .sum();
+        if extents > MAX_POOL_EXTENTS {
+            let limit = MAX_POOL_EXTENTS;
+            let error = EndpointError::TooManyExtents { extents, limit };
+            return give_up(regions, error);
         }
         let id = PoolId(shared.next_pool.fetch_add(1, Ordering::Relaxed));
         let record = Arc::new(PoolRecord::new(id, layout, regions));
@@ -120,6 +139,53 @@ impl Pool {
     /// Its layout.
     pub fn layout(&self) -> &KvLayout {
         &self.handle.record.layout
+    }
+
+    /// How each rail reaches each region, and why not in a better way.
+    pub fn paths(&self) -> Vec<RegionPaths> {
+        let (record, endpoint) = (&self.handle.record, &self.handle.endpoint);
+        let regions = record.regions.iter();
+        regions.map(|r| r.paths(&endpoint.devices)).collect()
+    }
+
+    /// The region that holds `address`, and how far it is from the region's first byte; in O(log n). Where regions
+    /// overlap, the shortest.
+    pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
+        let record = &self.handle.record;
+        let region = record.index.find(address)?;
+        Some((region, address - record.regions.get(region)?.address()))
+    }
+
+    /// Makes what NICs have written, and reported, visible to kernels that the devices of this pool's memory start
+    /// afterwards. Arrivals do so by themselves, unless they were told not to
+    /// ([`super::Builder::flush_arrivals`]). For host memory it does nothing.
+    ///
+    /// # Errors
+    ///
+    /// A device's runtime refuses. Nothing is known then of what its kernels see.
+    pub fn flush(&self) -> Result<(), FlushError> {
+        self.handle.record.flush()
+    }
+
+    /// Ends the pool's registrations, if nobody else needs them. They end, and the memory is given up, as soon as the
+    /// driver thread gets to it. (Dropping the pool does the same without asking: it lasts until the last grant and push
+    /// that uses it has ended.)
+    ///
+    /// # Errors
+    ///
+    /// A grant, a push or another clone of the pool lives, or the driver thread is about to let go of one that has just
+    /// ended. Nothing has been ended then, and the pool comes back.
+    pub fn close(self) -> Result<(), PoolInUse> {
+        let granted_pages = self.granted_pages();
+        match Arc::try_unwrap(self.handle) {
+            // Dropping it tells the driver.
+            Ok(_last) => Ok(()),
+            Err(handle) => Err(PoolInUse {
+                granted_pages,
+                users: Arc::strong_count(&handle) - 1,
+                pool: Self { handle },
+            }),
+        }
     }
 
     /// Pages that live grants hold.
@@ -203,12 +269,45 @@ impl Pool {
             tail_slot,
             blocks,
             options.deadline,
+            options.flush.unwrap_or(config.flush),
         );
         if !endpoint.command(Command::AddGrant(Box::new(entry))) {
             record.release(pages, heads);
             return Err(IssueError::Closed);
         }
         Ok(Arrival::new(grant, shared, Arc::clone(endpoint), layers))
+    }
+}
+
+/// A pool cannot be closed, because something still uses it.
+#[derive(thiserror::Error)]
+#[error(
+    "{} is used by {users} grants, pushes or other handles; {granted_pages} of its pages are granted (hint: wait for \
+     their ends, or revoke and cancel)", pool.id()
+)]
+pub struct PoolInUse {
+    /// The pool, as it was.
+    pub pool: Pool,
+    /// Who uses it beside the caller.
+    pub users: usize,
+    /// Pages that live grants hold.
+    pub granted_pages: usize,
+}
+
+impl std::fmt::Debug for PoolInUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PoolInUse")
+            .field("pool", &self.pool.id())
+            .field("users", &self.users)
+            .field("granted_pages", &self.granted_pages)
+            .finish()
+    }
+}
+
+impl PoolInUse {
+    /// Whether the same call can succeed later: when its users have ended.
+    pub fn is_retryable(&self) -> bool {
+        true
     }
 }
 

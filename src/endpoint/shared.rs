@@ -14,11 +14,12 @@ use crossbeam::channel::Sender;
 use parking_lot::Mutex;
 
 use super::{
-    AccessError, ArrivalError, EndpointError, IssueError, PeerError, PushError, PushReport,
+    AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
+    PushReport,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
-    region::Region,
+    regions::{AddressIndex, Entry, Exports, Region, Registry},
     signal::Signal,
     wake::WakeHandle,
 };
@@ -37,6 +38,7 @@ pub(crate) struct EndpointShared {
     pub(crate) addresses: Vec<String>,
     pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(crate) tails: Arc<TailArena>,
+    pub(crate) registry: Arc<Registry>,
     pub(crate) closed: AtomicBool,
     pub(crate) drain: DrainShared,
     pub(crate) next_pool: AtomicU32,
@@ -61,8 +63,13 @@ impl EndpointShared {
         &self,
         memory: Arc<dyn crate::memory::Memory>,
         access: Access,
+        exports: &mut Exports,
     ) -> Result<Region, EndpointError> {
-        Region::register(memory, access, &self.devices).map_err(|failed| {
+        let (devices, policy) = (&self.devices, &self.config.policy);
+        let result = self
+            .registry
+            .register(memory, access, devices, policy, exports);
+        result.map_err(|failed| {
             let (error, partial) = *failed;
             self.command(Command::Deregister(partial));
             error.into()
@@ -76,6 +83,12 @@ pub(crate) struct PoolRecord {
     pub(crate) id: PoolId,
     pub(crate) layout: KvLayout,
     pub(crate) regions: Vec<Region>,
+    /// Whether some region is cut on some rail, so that writes may have to be.
+    pub(crate) is_cut: bool,
+    /// Which region holds an address.
+    pub(crate) index: AddressIndex,
+    /// Regions in memory of devices, one for each device that has to be told of a NIC's writes.
+    pub(crate) flushed: Vec<usize>,
     /// For each page, a bit for each head (or group of heads) that a live grant has.
     reserved: Mutex<Vec<u128>>,
 }
@@ -83,12 +96,38 @@ pub(crate) struct PoolRecord {
 impl PoolRecord {
     pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
         let pages = layout.pages as usize;
+        let entries: Vec<Entry> = (0..)
+            .zip(&regions)
+            .map(|(rank, region)| Entry {
+                address: region.address(),
+                length: region.length(),
+                rank,
+            })
+            .collect();
         Self {
             id,
             layout,
+            is_cut: regions.iter().any(Region::is_cut),
+            index: AddressIndex::new(&entries),
+            flushed: flushed(&regions),
             regions,
             reserved: Mutex::new(vec![0; pages]),
         }
+    }
+
+    /// Makes what NICs have written visible to kernels that the devices start afterwards.
+    pub(crate) fn flush(&self) -> Result<(), FlushError> {
+        self.flushed.iter().try_for_each(|&at| {
+            let memory = self.regions[at].memory();
+            let Some(device) = memory.device() else {
+                return Ok(());
+            };
+            device.flush().map_err(|error| FlushError {
+                kind: memory.kind(),
+                device: device.location(),
+                reason: error.to_string(),
+            })
+        })
     }
 
     /// Reserves `heads` of `pages`, all or nothing. The pages are known to be in range and unique.
@@ -145,6 +184,23 @@ impl PoolRecord {
         let last = (heads.first.saturating_sub(all.first) + heads.count.saturating_sub(1)) / group;
         (first.min(127)..=last.min(127)).fold(0, |bits, bit| bits | 1 << bit)
     }
+}
+
+/// The regions to flush: a device is told once, however many of its regions there are, if it says which it is.
+fn flushed(regions: &[Region]) -> Vec<usize> {
+    let mut devices = Vec::new();
+    let mut flushed = Vec::new();
+    for (at, region) in regions.iter().enumerate() {
+        let Some(device) = region.memory().device() else {
+            continue;
+        };
+        let location = device.location();
+        if location.is_none() || !devices.contains(&location) {
+            devices.push(location);
+            flushed.push(at);
+        }
+    }
+    flushed
 }
 
 /// A pool as long as somebody needs it: a caller, a grant or a push. The last one gone ends the registrations.
@@ -263,12 +319,14 @@ impl TailSlot {
 
     /// Its key for peers, on one rail.
     pub(crate) fn remote(&self, rail: usize) -> Option<RemoteKey> {
-        Some(self.arena.region.keys().get(rail)?.remote)
+        let keys = self.arena.region.rails().get(rail)?;
+        keys.remote().first().copied()
     }
 
     /// Its address and key for gather lists, on one rail.
     pub(crate) fn local(&self, rail: usize) -> Option<(u64, LocalKey)> {
-        Some((self.address(), self.arena.region.keys().get(rail)?.local))
+        let (address, key, _) = self.arena.region.rails().get(rail)?.at(self.offset())?;
+        Some((address, key))
     }
 
     /// Writes a tail to send. Its length is known to fit. Returns the bytes to send.
@@ -388,12 +446,17 @@ impl AccessShared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Memory;
+    use crate::{endpoint::regions::Policy, memory::Memory};
 
     fn arena(slots: u32, capacity: u32) -> Arc<TailArena> {
         let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity)).unwrap());
-        let region =
-            Region::register(Arc::clone(&memory) as Arc<dyn Memory>, Access::LOCAL, &[]).unwrap();
+        let region = Region::register(
+            Arc::clone(&memory) as Arc<dyn Memory>,
+            Access::LOCAL,
+            &[],
+            &Policy::default(),
+        )
+        .unwrap();
         Arc::new(TailArena::new(memory, region, slots, capacity))
     }
 

@@ -62,6 +62,13 @@ pub unsafe trait Memory: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// Tells apart what has been at the same address at different times, where memory can be freed and allocated again
+    /// without this value noticing: an allocation's number in its runtime. A registration is shared only between values
+    /// of one generation.
+    fn generation(&self) -> u64 {
+        0
+    }
+
     /// What it can do beyond being addresses, if it lives on a device. Host memory has nothing.
     fn device(&self) -> Option<&dyn DeviceMemory> {
         None

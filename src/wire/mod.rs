@@ -44,7 +44,7 @@ pub(crate) use message::{
 };
 pub use message::{GoodbyeCode, RefuseCode, RejectCode, RevokeReason};
 pub use names::{FabricKind, LaneAddress, RemoteKey};
-pub(crate) use pool::{PoolDescriptor, RegionDescriptor, RegionKey};
+pub(crate) use pool::{MAX_EXTENTS, PoolDescriptor, RegionDescriptor, RegionKey};
 pub use token::RegionToken;
 pub(crate) use token::RegionTokenFields;
 

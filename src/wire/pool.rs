@@ -9,6 +9,8 @@ use crate::wire::RemoteKey;
 
 /// Most rails of one endpoint.
 pub(crate) const MAX_RAILS: usize = 16;
+/// Most registrations that one region is cut into on one rail.
+pub(crate) const MAX_EXTENTS: usize = 1024;
 /// Most regions of one pool.
 pub(crate) const MAX_REGIONS: usize = 4096;
 
@@ -30,13 +32,20 @@ pub(crate) struct RegionDescriptor {
 }
 
 /// Where and how one rail reaches a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// A region that its device cannot register at once has several keys. Each is good for an extent, and extents end at
+/// multiples of `extent` in the rail's address space. Whether there are as many as the region's length asks for is for
+/// the receiver to check.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RegionKey {
     /// The peer's rail.
     pub(crate) rail: u8,
     /// First byte, in that rail's address space.
     pub(crate) address: u64,
-    pub(crate) rkey: RemoteKey,
+    /// Bytes between the ends of two extents; 0 if one key is good for all.
+    pub(crate) extent: u64,
+    /// At most [`MAX_EXTENTS`].
+    pub(crate) rkeys: Vec<RemoteKey>,
 }
 
 impl PoolDescriptor {
@@ -68,8 +77,11 @@ impl RegionKey {
         writer.list("keys", MAX_RAILS, keys, |w, key| {
             w.u8(key.rail);
             w.u64(key.address);
-            w.u32(key.rkey.0);
-            Ok(())
+            w.u64(key.extent);
+            w.list("extents", MAX_EXTENTS, &key.rkeys, |w, rkey| {
+                w.u32(rkey.0);
+                Ok(())
+            })
         })
     }
 
@@ -78,7 +90,8 @@ impl RegionKey {
             Ok(Self {
                 rail: r.u8("rail")?,
                 address: r.u64("address")?,
-                rkey: RemoteKey(r.u32("rkey")?),
+                extent: r.u64("extent")?,
+                rkeys: r.list("extents", MAX_EXTENTS, |r| Ok(RemoteKey(r.u32("rkey")?)))?,
             })
         })
     }

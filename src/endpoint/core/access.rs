@@ -3,11 +3,11 @@
 //! Nobody counts here: the caller knows when its own reads and writes are done, and the owner learns nothing. Whoever
 //! needs the invariants of grants uses grants.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use super::{Core, pump::Task, reader::region_keys, session::Phase, timers::Timer};
+use super::{Core, pump::Task, reader::region_keys, remote::Target, session::Phase, timers::Timer};
 use crate::{
-    endpoint::region::Region,
+    endpoint::regions::Region,
     endpoint::{
         AccessError, PeerError,
         control::ConnId,
@@ -52,7 +52,7 @@ pub(crate) enum AccessOp {
 #[derive(Debug)]
 pub(crate) struct RegionKeys {
     pub(super) conn: ConnId,
-    pub(super) keys: Vec<RegionKey>,
+    pub(super) targets: HashMap<u8, Target>,
 }
 
 /// One access that has not ended.
@@ -108,16 +108,20 @@ impl AccessEntry {
             return None;
         };
         let left = length.checked_sub(done).filter(|&left| left > 0)?;
-        let target = remote.keys.iter().find(|key| key.rail == remote_rail)?;
+        // No further than the extents go that either side is registered in.
+        let keys = local.record.region.rails().get(rail)?;
+        let (address, key, here) = keys.at(local_offset + done)?;
+        let target = remote.targets.get(&remote_rail)?;
+        let (remote_address, remote_key, there) = target.at(remote_offset + done)?;
         Some(Piece {
             opcode: if *read { Opcode::Read } else { Opcode::Write },
             local: Sge {
-                address: local.record.region.address() + local_offset + done,
-                length: left.min(MAX_PIECE) as u32,
-                key: local.record.region.keys().get(rail)?.local,
+                address,
+                length: left.min(MAX_PIECE).min(here).min(there) as u32,
+                key,
             },
-            remote_address: target.address + remote_offset + done,
-            remote_key: target.rkey,
+            remote_address,
+            remote_key,
         })
     }
 }
@@ -239,29 +243,28 @@ impl Core {
         let Some(session) = self.sessions.get(&conn) else {
             return;
         };
-        let reached = session
-            .lanes
-            .iter()
-            .all(|lane| accept.keys.iter().any(|key| key.rail == lane.remote_rail));
-        let fits = |key: &RegionKey| key.address.checked_add(accept.length).is_some();
-        if !reached || !accept.keys.iter().all(fits) {
+        let target = |key: &RegionKey| Some((key.rail, Target::new(key, accept.length)?));
+        let targets: Option<HashMap<u8, Target>> = accept.keys.iter().map(target).collect();
+        let targets = targets.filter(|targets| {
+            let mut lanes = session.lanes.iter();
+            lanes.all(|lane| targets.contains_key(&lane.remote_rail))
+        });
+        let Some(targets) = targets else {
             self.violation(
                 conn,
                 "a rail without keys, or a region outside of the address space",
             );
             return;
-        }
+        };
         if let Some(access) = self.accesses.remove(&id) {
             let matches = access.token.length() == accept.length
                 && access.token.can_read() == accept.read
                 && access.token.can_write() == accept.write;
             if matches {
-                access.shared.keys.update(|keys| {
-                    *keys = Some(Arc::new(RegionKeys {
-                        conn,
-                        keys: accept.keys,
-                    }))
-                });
+                access
+                    .shared
+                    .keys
+                    .update(|keys| *keys = Some(Arc::new(RegionKeys { conn, targets })));
                 access.shared.finish(Ok(()));
             } else {
                 let detail = "the token does not say what the owner exports".to_owned();

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{AccessEntry, ArrivalEntry, ConnectEntry, ExportRecord, PushEntry};
 use crate::{
-    endpoint::region::Region,
+    endpoint::regions::Region,
     endpoint::{
         control::{CloseReason, ConnId},
         drain::DrainEntry,

@@ -13,6 +13,7 @@
 //! | `writer` | the dialling side: open, plan, queue, finish |
 //! | `remote` | what the peer told of its pool, checked |
 //! | `pump` | from queued work to posted requests |
+//! | `cut` | writes between regions of several registrations |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `access` | one-sided reads and writes of exported regions |
 //! | `drain` | going away in good order |
@@ -30,6 +31,7 @@ mod accept;
 mod access;
 mod command;
 mod connect;
+mod cut;
 mod dial;
 mod drain;
 mod limits;
@@ -63,6 +65,7 @@ use super::{
     config::Config,
     control::ConnId,
     error::PeerError,
+    regions::Region,
     shared::{PoolRecord, TailArena},
 };
 use crate::{
@@ -474,10 +477,16 @@ impl Core {
         }
     }
 
-    fn deregister(&mut self, region: &crate::endpoint::region::Region) {
-        for (rail, keys) in self.rails.iter_mut().zip(region.keys()) {
-            if let Err(error) = rail.context.deregister(keys.mr) {
-                tracing::error!(%error, "deregistration failed");
+    /// A user of `region` is gone. With the last one its registrations end.
+    fn deregister(&mut self, region: &Region) {
+        if !region.release() {
+            return;
+        }
+        for (rail, keys) in self.rails.iter_mut().zip(region.rails()) {
+            for keys in keys.all() {
+                if let Err(error) = rail.context.deregister(keys.mr) {
+                    tracing::error!(%error, "deregistration failed");
+                }
             }
         }
     }

@@ -8,7 +8,11 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::{AccessEntry, Core, PushEntry, Rail, session::Lane};
+use super::{
+    AccessEntry, Core, PushEntry, Rail,
+    cut::{cut, limits},
+    session::Lane,
+};
 use crate::{
     endpoint::{PeerError, control::ConnId},
     fabric::{FabricError, Opcode, Sge, WorkRequest},
@@ -53,6 +57,8 @@ pub(super) enum Current {
     Pages {
         push: u64,
         next: usize,
+        /// Bytes of that write that have been posted, if it is cut.
+        done: u32,
         completes: Option<u32>,
     },
     Tail {
@@ -204,6 +210,7 @@ impl Work<'_> {
                     lane.current = Some(Current::Pages {
                         push: id,
                         next: 0,
+                        done: 0,
                         completes,
                     });
                 }
@@ -222,8 +229,12 @@ impl Work<'_> {
             Some(Current::Pages {
                 push,
                 next,
+                done,
                 completes,
-            }) => self.fill_pages(lane, push, next, completes),
+            }) => match self.pushes.get(&push).is_some_and(PushEntry::is_cut) {
+                true => self.fill_cut_pages(lane, push, (next, done), completes),
+                false => self.fill_pages(lane, push, next, completes),
+            },
             Some(Current::Tail { push }) => self.fill_tail(lane, push),
             Some(Current::Access { access, done }) => self.fill_access(lane, access, done),
         }
@@ -253,6 +264,7 @@ impl Work<'_> {
                     lane.current = Some(Current::Pages {
                         push: id,
                         next,
+                        done: 0,
                         completes,
                     });
                     return Ok(false);
@@ -261,21 +273,25 @@ impl Work<'_> {
                 let first_sge = self.scratch.sges.len() as u32;
                 for run in lane.plan.sources_of(&write) {
                     let region = &source.record.regions[usize::from(run.region)];
+                    // A session has no lane on a rail that does not reach the pool.
+                    let Some((address, key, _)) = region.rails()[lane.rail].at(run.offset) else {
+                        return Ok(true);
+                    };
                     self.scratch.sges.push(Sge {
-                        address: region.address() + run.offset,
+                        address,
                         length: run.length,
-                        key: region.keys()[lane.rail].local,
+                        key,
                     });
                 }
-                let target = targets[usize::from(write.region)];
+                let (remote_address, remote_key) = targets[usize::from(write.region)].first();
                 self.request(
                     lane,
                     Owner::Push(id),
                     WorkRequest {
                         id: 0,
                         opcode: imm.map_or(Opcode::Write, Opcode::WriteImm),
-                        remote_address: target.address + write.offset,
-                        remote_key: target.key,
+                        remote_address: remote_address + write.offset,
+                        remote_key,
                         first_sge,
                         sge_count: write.source_count,
                         signaled: false,
@@ -289,10 +305,85 @@ impl Work<'_> {
                 lane.current = Some(Current::Pages {
                     push: id,
                     next,
+                    done: 0,
                     completes,
                 });
                 self.flush(lane)?;
             }
+        }
+        if let Some(push) = self.pushes.get_mut(&id) {
+            push.machine.dequeue();
+        }
+        Ok(true)
+    }
+
+    /// The same for a push between regions of which some are cut: a write may take several requests.
+    fn fill_cut_pages(
+        &mut self,
+        lane: &mut Lane,
+        id: u64,
+        (mut next, mut done): (usize, u32),
+        completes: Option<u32>,
+    ) -> Result<bool, FabricError> {
+        let total = lane.plan.writes.len();
+        while next < total {
+            let current = Current::Pages {
+                push: id,
+                next,
+                done,
+                completes,
+            };
+            if self.scratch.requests.len() >= BATCH {
+                lane.current = Some(current);
+                self.flush(lane)?;
+                continue;
+            }
+            let Some(push) = self.pushes.get(&id) else {
+                return Ok(true);
+            };
+            let Some(targets) = push.targets(lane.remote_rail) else {
+                return Ok(true);
+            };
+            let write = lane.plan.writes[next];
+            let first_sge = self.scratch.sges.len();
+            let request = cut(
+                &write,
+                lane.plan.sources_of(&write),
+                done,
+                &targets[usize::from(write.region)],
+                &push.source.record.regions,
+                limits(lane),
+                &mut self.scratch.sges,
+            );
+            let Some(request) = request else {
+                return Ok(true);
+            };
+            let is_last = done + request.length == write.length;
+            let imm = completes.filter(|_| is_last && next + 1 == total);
+            if !lane.send.take(1, imm.is_some().into()) {
+                self.scratch.sges.truncate(first_sge);
+                lane.current = Some(current);
+                return Ok(false);
+            }
+            self.request(
+                lane,
+                Owner::Push(id),
+                WorkRequest {
+                    id: 0,
+                    opcode: imm.map_or(Opcode::Write, Opcode::WriteImm),
+                    remote_address: request.remote_address,
+                    remote_key: request.remote_key,
+                    first_sge: first_sge as u32,
+                    sge_count: request.sge_count,
+                    signaled: false,
+                    inline: false,
+                },
+                u64::from(request.length),
+            );
+            (next, done) = match is_last {
+                true => (next + 1, 0),
+                false => (next, done + request.length),
+            };
         }
         if let Some(push) = self.pushes.get_mut(&id) {
             push.machine.dequeue();
@@ -327,8 +418,8 @@ impl Work<'_> {
             WorkRequest {
                 id: 0,
                 opcode: Opcode::WriteImm(imm),
-                remote_address: target.address,
-                remote_key: target.key,
+                remote_address: target.0,
+                remote_key: target.1,
                 first_sge,
                 sge_count: 1,
                 signaled: false,

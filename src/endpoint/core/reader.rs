@@ -8,7 +8,7 @@ use super::{
     timers::Timer,
 };
 use crate::{
-    endpoint::region::Region,
+    endpoint::regions::Region,
     endpoint::{
         ArrivalError, PeerError,
         control::ConnId,
@@ -31,6 +31,8 @@ pub(crate) struct ArrivalEntry {
     parts: PartMap,
     blocks: Blocks,
     valid_for: Duration,
+    /// Whether devices are told of what has arrived before the caller is.
+    flush: bool,
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
     opened: Option<(ConnId, u64, u16)>,
@@ -44,6 +46,7 @@ impl ArrivalEntry {
         tail_slot: TailSlot,
         blocks: Blocks,
         valid_for: Duration,
+        flush: bool,
     ) -> Self {
         Self {
             grant,
@@ -53,6 +56,7 @@ impl ArrivalEntry {
             parts: PartMap::new(blocks),
             blocks,
             valid_for,
+            flush,
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
         }
@@ -262,6 +266,12 @@ impl Core {
             PartOutcome::Unknown => self.violation(conn, "a part beyond those of the grant"),
             PartOutcome::Duplicate | PartOutcome::Counted => {}
             PartOutcome::LayerComplete(layer) => {
+                if !self.make_visible(slot) {
+                    return;
+                }
+                let Some(arrival) = self.arrivals.get_mut(&slot) else {
+                    return;
+                };
                 arrival
                     .shared
                     .signal
@@ -270,6 +280,24 @@ impl Core {
             }
             PartOutcome::Tail => self.complete_if_whole(slot),
         }
+    }
+
+    /// Has the devices of the arrival's pool show what has been written, before anyone is told of it. Every part of what
+    /// is about to be reported has been placed. Returns `false` if a device refuses: then the arrival fails.
+    fn make_visible(&mut self, slot: u32) -> bool {
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return false;
+        };
+        if !arrival.flush {
+            return true;
+        }
+        let Err(error) = arrival.pool.record.flush() else {
+            return true;
+        };
+        tracing::error!(%error, "flush failed");
+        let action = arrival.machine.fail(self.now, ArrivalError::Flush(error));
+        self.arrival_action(slot, action);
+        false
     }
 
     fn complete_if_whole(&mut self, slot: u32) {
@@ -473,11 +501,12 @@ pub(super) fn region_keys(region: &Region, rails: &[usize]) -> Vec<RegionKey> {
     rails
         .iter()
         .filter_map(|&rail| {
-            let keys = region.keys().get(rail)?;
+            let keys = region.rails().get(rail)?;
             Some(RegionKey {
                 rail: rail as u8,
-                address: region.address(),
-                rkey: keys.remote,
+                address: keys.grid().address,
+                extent: keys.grid().size,
+                rkeys: keys.remote(),
             })
         })
         .collect()

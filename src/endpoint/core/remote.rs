@@ -6,18 +6,64 @@ use parking_lot::Mutex;
 
 use super::{Rail, session::Session, writer::PushEntry};
 use crate::{
-    endpoint::{PeerError, PushError, config::Config, shared::PoolRecord},
+    endpoint::{PeerError, PushError, config::Config, regions::Grid, shared::PoolRecord},
     fabric::RemoteKey,
     kv::{HeadRange, KvLayout, PlanError, PlanLimits, Planner, Side},
     protocol::Blocks,
-    wire::{Accept, Imm, PoolDescriptor, PoolId, TailHeader},
+    wire::{Accept, Imm, PoolDescriptor, PoolId, RegionKey, TailHeader},
 };
 
 /// Where a region of the peer is, through one of its rails.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Target {
-    pub(super) address: u64,
-    pub(super) key: RemoteKey,
+    grid: Grid,
+    /// The key of the first extent.
+    first: RemoteKey,
+    /// Those of all, if there are several.
+    keys: Option<Arc<[RemoteKey]>>,
+}
+
+impl Target {
+    /// Checks what the peer says of a region of `length` bytes: it lies in the address space, and there are as many
+    /// keys as extents.
+    pub(super) fn new(key: &RegionKey, length: u64) -> Option<Self> {
+        let grid = Grid::peer(key.address, key.extent, length, key.rkeys.len())?;
+        Some(Self {
+            grid,
+            first: *key.rkeys.first()?,
+            keys: (!grid.is_whole()).then(|| key.rkeys.as_slice().into()),
+        })
+    }
+
+    /// A range under one key.
+    pub(super) fn whole(address: u64, key: RemoteKey) -> Self {
+        let grid = Grid { address, size: 0 };
+        Self {
+            grid,
+            first: key,
+            keys: None,
+        }
+    }
+
+    /// The address and key of a region that is not cut.
+    #[inline]
+    pub(super) fn first(&self) -> (u64, RemoteKey) {
+        (self.grid.address, self.first)
+    }
+
+    pub(super) fn is_whole(&self) -> bool {
+        self.grid.is_whole()
+    }
+
+    /// The address and key of the byte at `offset`, and how many bytes on the key is good for.
+    #[inline]
+    pub(super) fn at(&self, offset: u64) -> Option<(u64, RemoteKey, u64)> {
+        let key = match &self.keys {
+            None => self.first,
+            Some(keys) => *keys.get(self.grid.index(offset))?,
+        };
+        Some((self.grid.address + offset, key, self.grid.rest(offset)))
+    }
 }
 
 /// A pool of the peer, checked.
@@ -26,6 +72,8 @@ pub(super) struct RemotePool {
     layout: KvLayout,
     /// By the peer's rail: one target for each region.
     pub(super) targets: HashMap<u8, Arc<[Target]>>,
+    /// Whether some region is cut on some rail, so that writes may have to be.
+    pub(super) is_cut: bool,
     /// Made for this layout, so they live and end with it: by source pool, heads and limits.
     planners: Mutex<HashMap<(PoolId, HeadRange, PlanLimits), Arc<Planner>>>,
 }
@@ -54,17 +102,17 @@ impl RemotePool {
             for key in &region.keys {
                 let list = targets.entry(key.rail).or_default();
                 // Otherwise the list falls behind, and the rail is dropped below.
-                if list.len() == index && key.address.checked_add(region.length).is_some() {
-                    list.push(Target {
-                        address: key.address,
-                        key: key.rkey,
-                    });
+                if let Some(target) =
+                    Target::new(key, region.length).filter(|_| list.len() == index)
+                {
+                    list.push(target);
                 }
             }
         }
         targets.retain(|_, list| list.len() == lengths.len());
         Ok(Self {
             layout: descriptor.layout,
+            is_cut: targets.values().flatten().any(|target| !target.is_whole()),
             targets: targets
                 .into_iter()
                 .map(|(rail, list)| (rail, list.into()))
@@ -176,15 +224,7 @@ pub(super) fn prepare(
         .tail
         .keys
         .iter()
-        .map(|&(rail, key)| {
-            (
-                rail,
-                Target {
-                    address: accept.tail.address,
-                    key,
-                },
-            )
-        })
+        .map(|&(rail, key)| (rail, Target::whole(accept.tail.address, key)))
         .collect();
     if session
         .lanes

@@ -15,7 +15,7 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::{FabricError, FabricKind, LocalKey},
+    fabric::{FabricError, FabricKind, LocalKey, RemoteKey},
     kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
@@ -83,6 +83,11 @@ impl PushEntry {
         self.remote.as_ref()?.targets.get(&rail)
     }
 
+    /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
+    pub(super) fn is_cut(&self) -> bool {
+        self.source.record.is_cut || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
+    }
+
     /// The immediate of `part`.
     pub(super) fn imm(&self, part: u32) -> u32 {
         // Both were checked against the immediate's bits when the push was accepted.
@@ -99,8 +104,8 @@ impl PushEntry {
         &self,
         rail: usize,
         remote_rail: u8,
-    ) -> Option<(u64, LocalKey, u32, Target)> {
-        let target = *self.tail_targets.get(&remote_rail)?;
+    ) -> Option<(u64, LocalKey, u32, (u64, RemoteKey))> {
+        let target = self.tail_targets.get(&remote_rail)?.first();
         let (address, key) = self.tail_slot.local(rail)?;
         Some((address, key, self.tail_bytes, target))
     }

@@ -128,7 +128,8 @@ fn descriptor(region: fn(u16) -> u16, offset: fn(u64) -> u64) -> PoolDescriptor 
         .map(|rail| RegionKey {
             rail,
             address: 0x7000_0000_0000,
-            rkey: RemoteKey(77),
+            extent: 0,
+            rkeys: vec![RemoteKey(77)],
         })
         .collect();
     let region = RegionDescriptor {
@@ -189,7 +190,8 @@ fn the_largest_descriptor_fits_a_message() {
     let key = RegionKey {
         rail: 0,
         address: 0,
-        rkey: RemoteKey(0),
+        extent: 0,
+        rkeys: vec![RemoteKey(0)],
     };
     let region = RegionDescriptor {
         length: 0,

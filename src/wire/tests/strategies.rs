@@ -102,11 +102,14 @@ pub(in crate::wire) fn layout() -> impl Strategy<Value = KvLayout> {
 }
 
 fn region_keys() -> impl Strategy<Value = Vec<RegionKey>> {
-    let key = (any::<u8>(), any::<u64>(), rkey()).prop_map(|(rail, address, rkey)| RegionKey {
-        rail,
-        address,
-        rkey,
-    });
+    let key = (any::<u8>(), any::<u64>(), any::<u64>(), vec(rkey(), 0..=5)).prop_map(
+        |(rail, address, extent, rkeys)| RegionKey {
+            rail,
+            address,
+            extent,
+            rkeys,
+        },
+    );
     vec(key, 0..=16)
 }
 

@@ -86,7 +86,14 @@ impl Speaker {
         RegionKey {
             rail: self.random.below(3) as u8,
             address: self.number(),
-            rkey: RemoteKey(self.number() as u32),
+            extent: match self.random.chance(700) {
+                true => 0,
+                false => self.number(),
+            },
+            rkeys: match self.random.chance(700) {
+                true => vec![RemoteKey(self.number() as u32)],
+                false => self.list(4, |s| RemoteKey(s.number() as u32)),
+            },
         }
     }
 

@@ -14,7 +14,9 @@ use crate::{
     kv::{Dtype, HeadRange, KvLayout, presets::KvShape},
     memory::Memory,
     protocol::Time,
-    wire::{Accept, Message, PoolDescriptor, Refuse, RefuseCode, RegionAccept, RegionRefuse},
+    wire::{
+        Accept, Message, PoolDescriptor, Refuse, RefuseCode, RegionAccept, RegionKey, RegionRefuse,
+    },
 };
 
 /// Pushes have small numbers, so a reader can name those to other readers. It must not be able to end them.
@@ -253,7 +255,16 @@ fn nothing_a_peer_says_ends_an_access_that_moves_bytes() {
         length: REGION,
         read: true,
         write: true,
-        keys: keys.keys.clone(),
+        keys: keys
+            .targets
+            .iter()
+            .map(|(&rail, target)| RegionKey {
+                rail,
+                address: target.first().0,
+                extent: 0,
+                rkeys: vec![target.first().1],
+            })
+            .collect(),
     });
     let refuse = Message::RegionRefuse(RegionRefuse {
         request,
@@ -304,7 +315,7 @@ fn keys_of_a_session_that_has_ended_lead_nowhere() {
     world.tamper = Some(Box::new(|_, bytes| {
         let mut message = Message::decode(&bytes).unwrap();
         if let Message::RegionAccept(accept) = &mut message {
-            let mut other = accept.keys[0];
+            let mut other = accept.keys[0].clone();
             other.rail = 1;
             accept.keys.push(other);
         }

@@ -24,7 +24,7 @@ use crate::{
         config::Config,
         control::{CloseReason, ConnId},
         drain::DrainShared,
-        region::Region,
+        regions::{Exports, Policy, Region, Registry},
         shared::{AccessShared, EndpointShared, ExportHandle, TailArena},
         wake::WakeHandle,
     },
@@ -350,7 +350,13 @@ impl Node {
         let (slots, capacity) = (config.max_transfers, config.tail_capacity);
         let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity)).unwrap());
         let shared_memory = Arc::clone(&memory) as Arc<dyn Memory>;
-        let region = Region::register(shared_memory, Access::REMOTE_WRITE, &devices).unwrap();
+        let region = Region::register(
+            shared_memory,
+            Access::REMOTE_WRITE,
+            &devices,
+            &Policy::default(),
+        );
+        let region = region.unwrap();
         let tails = Arc::new(TailArena::new(memory, region, slots, capacity));
         let mut name = [0; 16];
         name[..8].copy_from_slice(&seed.to_le_bytes());
@@ -382,6 +388,7 @@ impl Node {
             addresses: vec![format!("node-{index}:7700")],
             devices,
             tails,
+            registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
@@ -432,7 +439,11 @@ impl Node {
         let memory = Arc::new(HostMemory::new(length).unwrap());
         let endpoint = Arc::clone(&self.shared);
         let region = endpoint
-            .register(Arc::clone(&memory) as Arc<dyn Memory>, access)
+            .register(
+                Arc::clone(&memory) as Arc<dyn Memory>,
+                access,
+                &mut Exports::default(),
+            )
             .unwrap();
         let id = endpoint.next_export.fetch_add(1, Ordering::Relaxed);
         let nonce = [id as u8; 16];

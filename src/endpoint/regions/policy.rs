@@ -1,0 +1,259 @@
+//! How a rail gets at a piece of memory. The policy, in one place:
+//!
+//! | Memory | On a NIC (verbs) | On a software fabric (TCP, shared memory, simulated) |
+//! |---|---|---|
+//! | host | plain | plain |
+//! | of a device, accessible by this process | dmabuf, peer memory, staged | plain, dmabuf, staged |
+//! | of a device, not accessible | dmabuf, peer memory, staged | dmabuf, staged |
+//!
+//! The first path that works is taken, for each rail by itself, and the reason of each refusal is kept. The order can be
+//! changed (`Builder::memory_paths`). Memory is exported once for all rails and for all regions of a pool that lie in
+//! one allocation, only if a rail can use it, and the descriptor is closed when they have been registered.
+//!
+//! Runs on the caller's thread, because pinning takes long.
+
+use std::{os::fd::AsFd, sync::Arc};
+
+use super::{MemoryPath, PathRefusal, RailKeys, grid::Grid};
+use crate::{
+    fabric::{
+        Access, Device, DmabufRange, FabricError, FabricErrorKind, FabricKind, FileRange,
+        MemoryKeys,
+    },
+    memory::{DeviceMemory, Dmabuf, Memory},
+};
+
+/// What may be done, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Policy {
+    pub(crate) order: Vec<MemoryPath>,
+    pub(crate) relaxed_ordering: bool,
+    /// Most bytes of one registration, if the device does not say less.
+    pub(crate) max_registration: u64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        use MemoryPath::{Dmabuf, PeerMemory, Plain, Staged};
+        Self {
+            order: vec![Plain, Dmabuf, PeerMemory, Staged],
+            relaxed_ordering: false,
+            max_registration: u64::MAX,
+        }
+    }
+}
+
+/// Why a rail cannot reach memory.
+#[derive(Debug)]
+pub(crate) enum Unreachable {
+    /// Host memory, which has one path.
+    Plain(FabricError),
+    /// Memory of a device: each path has its reason.
+    All {
+        rail: String,
+        refused: Vec<PathRefusal>,
+    },
+}
+
+/// What has been exported so far, for one call that registers. Dropping it closes the descriptors.
+#[derive(Default)]
+pub(crate) struct Exports(Vec<((u64, u64), Result<Dmabuf, String>)>);
+
+impl Exports {
+    /// The dmabuf that holds `memory`, and where in it.
+    fn of(
+        &mut self,
+        memory: &dyn Memory,
+        device: &dyn DeviceMemory,
+    ) -> Result<(&Dmabuf, u64), &str> {
+        let whole = (memory.address(), memory.length());
+        let at = match self.0.iter().position(|(span, _)| *span == whole) {
+            Some(at) => at,
+            None => {
+                let exported = device.export().map_err(|error| error.to_string());
+                self.0.push((whole, exported));
+                self.0.len() - 1
+            }
+        };
+        match &self.0[at].1 {
+            Ok(dmabuf) => Ok((dmabuf, dmabuf.offset + (memory.address() - whole.0))),
+            Err(reason) => Err(reason),
+        }
+    }
+}
+
+/// Registers `memory` with `rail` by the first path that works.
+pub(super) fn register(
+    memory: &Arc<dyn Memory>,
+    access: Access,
+    rail: &Arc<dyn Device>,
+    policy: &Policy,
+    exports: &mut Exports,
+) -> Result<RailKeys, Box<(Unreachable, RailKeys)>> {
+    let mut attempt = Attempt {
+        memory: &**memory,
+        access: Access {
+            relaxed_ordering: policy.relaxed_ordering,
+            ..access
+        },
+        rail: &**rail,
+        limit: rail.info().caps.max_mr.min(policy.max_registration),
+        made: Vec::new(),
+    };
+    let mut refused = Vec::new();
+    let mut abandoned = Vec::new();
+    let Some(device) = memory.device() else {
+        return match attempt.plain() {
+            Ok(grid) => Ok(attempt.done(MemoryPath::Plain, grid, refused, abandoned)),
+            Err(error) => {
+                abandoned.append(&mut attempt.made);
+                let keys = RailKeys::unreachable(refused, abandoned);
+                Err(Box::new((Unreachable::Plain(error), keys)))
+            }
+        };
+    };
+    for &path in &policy.order {
+        let tried = match path {
+            MemoryPath::Plain => attempt.plain_of(device),
+            MemoryPath::Dmabuf => attempt.dmabuf(device, exports),
+            MemoryPath::PeerMemory => attempt.peer_memory(device),
+            MemoryPath::Staged => Err("staging is not implemented".to_owned()),
+        };
+        match tried {
+            Ok(grid) => return Ok(attempt.done(path, grid, refused, abandoned)),
+            Err(reason) => {
+                abandoned.append(&mut attempt.made);
+                refused.push(PathRefusal { path, reason });
+            }
+        }
+    }
+    let info = rail.info();
+    let error = Unreachable::All {
+        rail: format!("{}/{}", info.name, info.port),
+        refused: refused.clone(),
+    };
+    Err(Box::new((error, RailKeys::unreachable(refused, abandoned))))
+}
+
+/// One piece of memory and one rail.
+struct Attempt<'a> {
+    memory: &'a dyn Memory,
+    access: Access,
+    rail: &'a dyn Device,
+    /// Most bytes of one registration.
+    limit: u64,
+    /// Extents registered by the path under way.
+    made: Vec<MemoryKeys>,
+}
+
+impl Attempt<'_> {
+    fn is_software(&self) -> bool {
+        self.rail.info().kind != FabricKind::Verbs
+    }
+
+    fn plain_of(&mut self, device: &dyn DeviceMemory) -> Result<Grid, String> {
+        if !self.is_software() {
+            return Err("a NIC's driver does not take a device's memory for the host's".to_owned());
+        }
+        if !device.is_host_accessible() {
+            return Err("this process cannot access the device's memory".to_owned());
+        }
+        self.plain().map_err(|error| error.to_string())
+    }
+
+    fn peer_memory(&mut self, device: &dyn DeviceMemory) -> Result<Grid, String> {
+        if self.is_software() {
+            return Err("a software fabric accesses memory with the CPU".to_owned());
+        }
+        device.peer_memory().map_err(|error| error.to_string())?;
+        self.plain().map_err(|error| error.to_string())
+    }
+
+    fn dmabuf(&mut self, device: &dyn DeviceMemory, exports: &mut Exports) -> Result<Grid, String> {
+        if !self.rail.info().caps.dmabuf {
+            let what = "the device, its driver or its library registers no dmabufs (`kvpush-bench devices` says more)";
+            return Err(what.to_owned());
+        }
+        let (dmabuf, offset) = exports.of(self.memory, device)?;
+        // Offset and I/O virtual address must share their place within a page, and with huge pages of the device more
+        // than that is good for the NIC's tables.
+        const ALIGN: u64 = 2 << 20;
+        let address = self.memory.address();
+        let address = address - address % ALIGN + offset % ALIGN;
+        let grid = self.grid(address).map_err(|error| error.to_string())?;
+        for (at, length) in grid.extents(self.memory.length()) {
+            let range = DmabufRange {
+                fd: dmabuf.fd.as_fd(),
+                offset: offset + at,
+                length,
+                address: address + at,
+            };
+            // SAFETY: the exporter lets devices (and, where it can be mapped at all, this process) access the bytes as
+            // long as the memory lives, which the region holds until the driver has ended every registration.
+            let keys = unsafe { self.rail.register_dmabuf(&range, self.access) };
+            self.made.push(keys.map_err(|error| error.to_string())?);
+        }
+        Ok(grid)
+    }
+
+    fn plain(&mut self) -> Result<Grid, FabricError> {
+        let grid = self.grid(self.memory.address())?;
+        for (at, length) in grid.extents(self.memory.length()) {
+            let first = self.memory.address() + at;
+            // SAFETY: `Memory` promises the range until the value is dropped; the region holds it, and the driver
+            // deregisters every key before it drops the region. It is host memory, or memory that this process can
+            // access on a software fabric, or a NIC's driver is asked to translate it. `Memory::file` says which file
+            // it maps.
+            let keys = unsafe {
+                match self.memory.file() {
+                    Some((fd, offset)) => {
+                        let range = FileRange {
+                            fd,
+                            offset: offset + at,
+                            address: first,
+                            length,
+                        };
+                        self.rail.register_file(&range, self.access)
+                    }
+                    None => self.rail.register(first, length, self.access),
+                }
+            };
+            self.made.push(keys?);
+        }
+        Ok(grid)
+    }
+
+    fn grid(&self, address: u64) -> Result<Grid, FabricError> {
+        const PAGE: u64 = 4096;
+        Grid::new(address, self.memory.length(), self.limit, PAGE).ok_or_else(|| {
+            let info = self.rail.info();
+            FabricError {
+                device: info.name.clone(),
+                port: info.port,
+                operation: "register",
+                kind: FabricErrorKind::Limit {
+                    what: "region length",
+                    value: self.memory.length(),
+                    limit: self.limit.saturating_mul(crate::wire::MAX_EXTENTS as u64),
+                },
+                hint: Some("give the pool several shorter regions"),
+            }
+        })
+    }
+
+    fn done(
+        self,
+        path: MemoryPath,
+        grid: Grid,
+        refused: Vec<PathRefusal>,
+        abandoned: Vec<MemoryKeys>,
+    ) -> RailKeys {
+        RailKeys {
+            path,
+            grid,
+            keys: self.made,
+            refused,
+            abandoned,
+        }
+    }
+}
