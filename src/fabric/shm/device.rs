@@ -131,7 +131,7 @@ impl ShmDevice {
             kind: FabricKind::Shm,
             name: config.name.clone(),
             port: 0,
-            address: format!("pid {}", std::process::id()),
+            address: format!("host {}, pid {}", short(&host), std::process::id()),
             link: LinkState::Active,
             bits_per_second: 0,
             pci: None,
@@ -334,6 +334,12 @@ fn this_host() -> io::Result<Host> {
         pid_namespace: namespace("pid")?,
         net_namespace: namespace("net")?,
     })
+}
+
+/// Enough of a host's identity for people.
+fn short(host: &Host) -> String {
+    let head = host.boot.iter().take(4);
+    head.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The kind for an error of the standard library.

@@ -4,6 +4,7 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
 };
 
 use super::{
@@ -11,7 +12,7 @@ use super::{
         ShmConfig, sys,
         wire::{Geometry, MAX_DEPTH, Note, Op, pack},
     },
-    GEOMETRY, PAGE, POISON, Rogue, ShmDevice, Victim, greet,
+    GEOMETRY, PAGE, PATIENCE, POISON, Rogue, ShmDevice, Victim, greet,
 };
 use crate::{
     fabric::{CompletionKind, Opcode, RemoteKey, Sge, Status, WorkRequest},
@@ -371,6 +372,12 @@ fn a_scribbling_peer_stays_contained() {
                 )
             })
             .collect();
+        // Some good ones first, so that there is something to disturb.
+        for (slot, words) in words.iter().enumerate() {
+            rogue.slot(slot, *words);
+        }
+        rogue.publish(2);
+        victim.poll();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let (rogue, flag) = (&rogue, &stop);
@@ -378,7 +385,7 @@ fn a_scribbling_peer_stays_contained() {
             let seed = next();
             scope.spawn(move || {
                 let mut state = seed | 1;
-                let mut published = 0;
+                let mut published = 2;
                 while !flag.load(Ordering::Relaxed) {
                     state = state
                         .wrapping_mul(6_364_136_223_846_793_005)
@@ -402,12 +409,11 @@ fn a_scribbling_peer_stays_contained() {
                     }
                 }
             });
-            for _ in 0..200 {
+            let start = Instant::now();
+            while victim.done.is_empty() {
                 victim.poll();
                 victim.assert_contained();
-                if !victim.done.is_empty() {
-                    break;
-                }
+                assert!(start.elapsed() < PATIENCE, "the scribbling had no effect");
             }
         });
         victim.assert_contained();
