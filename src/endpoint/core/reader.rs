@@ -6,6 +6,7 @@ use super::{
     Core,
     session::{Phase, Session},
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
     endpoint::regions::Region,
@@ -36,6 +37,7 @@ pub(crate) struct ArrivalEntry {
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
     opened: Option<(ConnId, u64, u16)>,
+    pub(super) watch: Watch,
 }
 
 impl ArrivalEntry {
@@ -59,6 +61,7 @@ impl ArrivalEntry {
             flush,
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
+            watch: Watch::default(),
         }
     }
 }
@@ -67,6 +70,21 @@ impl ArrivalEntry {
     /// Whether no writer has opened it.
     pub(super) fn is_granted(&self) -> bool {
         self.machine.is_granted()
+    }
+
+    /// The writer's number for the push that opened it.
+    pub(super) fn push(&self) -> u64 {
+        self.opened.map_or(0, |(_, push, _)| push)
+    }
+
+    /// The session that opened it.
+    pub(super) fn session(&self) -> u64 {
+        self.opened.map_or(0, |(conn, ..)| conn.0)
+    }
+
+    /// Parts that have not arrived.
+    pub(super) fn missing(&self) -> u32 {
+        self.parts.missing()
     }
 
     fn expired(&self) -> ArrivalError {
@@ -94,6 +112,7 @@ impl Core {
         let slot = entry.grant.id().slot;
         self.timers
             .at(entry.machine.next_deadline(), Timer::Arrival(slot));
+        self.tell_grant(&entry);
         self.arrivals.insert(slot, entry);
     }
 
@@ -126,14 +145,12 @@ impl Core {
             return;
         }
         match self.try_open(conn, open) {
-            Ok(accept) => self.send(conn, &Message::Accept(Box::new(accept))),
+            Ok(accept) => {
+                self.tell_arrival_open(conn, open.grant.slot);
+                self.send(conn, &Message::Accept(Box::new(accept)));
+            }
             Err((code, detail)) => {
-                let peer = self
-                    .sessions
-                    .get(&conn)
-                    .map(Session::name)
-                    .unwrap_or_default();
-                tracing::info!(peer, %code, detail, "grant refused");
+                self.tell_refused(conn, Some(open.grant), code, detail);
                 let refuse = Refuse {
                     push: open.push,
                     code,
@@ -190,6 +207,12 @@ impl Core {
         arrival.opened = Some((conn, open.push, slot));
         let rails = session.rails();
         let record = &arrival.pool.record;
+        // A writer takes a rail without keys for one that the pool does not use.
+        let told: Vec<usize> = rails
+            .iter()
+            .copied()
+            .filter(|&rail| record.uses(rail))
+            .collect();
         let pool = open.want_pool.then(|| PoolDescriptor {
             pool: record.id,
             layout: record.layout.clone(),
@@ -198,9 +221,10 @@ impl Core {
                 .iter()
                 .map(|region| RegionDescriptor {
                     length: region.length(),
-                    keys: region_keys(region, &rails),
+                    keys: region_keys(region, &told),
                 })
                 .collect(),
+            distances: record.rails.iter().map(|rail| rail.unwrap_or(0)).collect(),
         });
         Ok(Accept {
             push: open.push,
@@ -227,6 +251,9 @@ impl Core {
         let Some(lane) = session.lanes.get_mut(index) else {
             return;
         };
+        if let Some(rail) = session.meters.as_ref().and_then(|m| m.rail(lane.rail)) {
+            rail.parts.add(1);
+        }
         if let Some(count) = lane.receive.consume() {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
@@ -370,7 +397,9 @@ impl Core {
             ArrivalAction::SendRevoke { expired } => {
                 self.timers
                     .at(arrival.machine.next_deadline(), Timer::Arrival(slot));
-                let Some((conn, push, _)) = arrival.opened else {
+                let opened = arrival.opened;
+                self.tell_revoking(slot, expired);
+                let Some((conn, push, _)) = opened else {
                     return;
                 };
                 let reason = if expired {
@@ -381,9 +410,10 @@ impl Core {
                 self.send(conn, &Message::Revoke(Revoke { push, reason }));
             }
             ArrivalAction::Fence => {
-                let Some((conn, ..)) = arrival.opened else {
+                let Some((conn, push, _)) = arrival.opened else {
                     return;
                 };
+                self.tell_forced(conn, push, Some(slot));
                 let Some(session) = self.sessions.get(&conn) else {
                     return;
                 };
@@ -424,10 +454,8 @@ impl Core {
                     .pool
                     .record
                     .release(arrival.grant.pages(), arrival.grant.heads());
-                arrival
-                    .shared
-                    .signal
-                    .update(|state| state.end = Some(result));
+                let trace = self.tell_arrival_end(&arrival, result.as_ref().map(|&()| ()));
+                arrival.shared.end(result, trace);
             }
         }
     }
@@ -456,10 +484,8 @@ impl Core {
             };
             self.count_arrival(false);
             let failure = ArrivalError::Unfenced(Box::new(source.clone()));
-            arrival
-                .shared
-                .signal
-                .update(|state| state.end = Some(Err(failure)));
+            let trace = self.tell_arrival_end(&arrival, Err(&failure));
+            arrival.shared.end(Err(failure), trace);
             // Its memory, its reservation and its tail buffer stay as they are for the life of the process.
             std::mem::forget(arrival);
         }
