@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Core,
-    session::{Phase, Session},
+    session::{LaneState, Phase, Session},
     timers::Timer,
     watch::Watch,
 };
@@ -29,14 +29,14 @@ pub(crate) struct ArrivalEntry {
     pub(crate) pool: Arc<PoolHandle>,
     pub(crate) shared: Arc<ArrivalShared>,
     pub(crate) tail_slot: TailSlot,
-    parts: PartMap,
+    pub(super) parts: PartMap,
     blocks: Blocks,
     valid_for: Duration,
     /// Whether devices are told of what has arrived before the caller is.
     flush: bool,
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
-    opened: Option<(ConnId, u64, u16)>,
+    pub(super) opened: Option<(ConnId, u64, u16)>,
     pub(super) watch: Watch,
 }
 
@@ -172,6 +172,7 @@ impl Core {
                 "the endpoint has restarted since",
             ));
         }
+        let rails = self.rails_of_session(conn);
         if self.is_draining() {
             return Err((RefuseCode::Draining, "the endpoint is going away"));
         }
@@ -205,7 +206,6 @@ impl Core {
             return Err((RefuseCode::Expired, "its deadline has passed"));
         };
         arrival.opened = Some((conn, open.push, slot));
-        let rails = session.rails();
         let record = &arrival.pool.record;
         // A writer takes a rail without keys for one that the pool does not use.
         let told: Vec<usize> = rails
@@ -254,21 +254,26 @@ impl Core {
         if let Some(rail) = session.meters.as_ref().and_then(|m| m.rail(lane.rail)) {
             rail.parts.add(1);
         }
-        if let Some(count) = lane.receive.consume() {
+        // A lane that fails gets no more receives, but what it has placed counts.
+        let due = match lane.state {
+            LaneState::Up => lane.receive.consume(),
+            _ => None,
+        };
+        if let Some(count) = due {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
                 Ok(()) => {
-                    let total = lane.receive.posted(count);
+                    lane.receives += count;
+                    let (total, epoch) = (lane.receive.posted(count), lane.epoch);
                     let lane = index as u16;
-                    self.send(conn, &Message::Credits(Credits { lane, total }));
+                    self.send(conn, &Message::Credits(Credits { lane, epoch, total }));
                 }
                 Err(source) => {
                     let error = PeerError::Fabric {
                         peer: session.name(),
                         source: source.into(),
                     };
-                    self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
-                    return;
+                    self.lane_failed(conn, index, error);
                 }
             }
         }
