@@ -7,6 +7,7 @@ mod grants;
 mod hostile;
 mod limits;
 mod liveness;
+mod rails;
 mod recovery;
 mod schedules;
 mod swarm;

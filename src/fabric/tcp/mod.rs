@@ -34,13 +34,13 @@ mod device;
 pub mod fuzzing;
 mod greet;
 mod lane;
-mod memory;
 mod receive;
 mod send;
 mod sys;
 mod transmit;
 mod wire;
 
+use super::registry as memory;
 pub use device::{TcpConfig, TcpDevice};
 
 #[cfg(test)]
