@@ -135,7 +135,8 @@ fn run(program: &Path, name: &str, seconds: u64) -> Result<Option<u64>> {
     }
     let inputs = executed(&told)
         .with_context(|| format!("{name} does not say what it has done:\n{told}"))?;
-    if inputs < 1000 {
+    // A handshake for each input takes its time under the sanitizer, but these are none at all.
+    if inputs < 20 {
         bail!("{name} has tried only {inputs} inputs");
     }
     Ok(Some(inputs))

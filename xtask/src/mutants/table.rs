@@ -139,7 +139,7 @@ pub(crate) const MUTATIONS: &[Mutation] = &[
         file: "src/endpoint/export.rs",
         find: "Some(end) if end <= capacity => Ok(()),",
         replace: "Some(end) if end <= capacity + 1 => Ok(()),",
-        tests: &["endpoint::export", "core::tests::hostile"],
+        tests: &["endpoint::export"],
     },
     Mutation {
         name: "the-immediate-is-not-big-endian",

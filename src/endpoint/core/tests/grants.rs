@@ -4,16 +4,15 @@ use std::{cell::RefCell, rc::Rc, time::Duration};
 
 use super::world::World;
 use crate::{
-    endpoint::config::Config,
-    kv::{Dtype, HeadRange, presets::KvShape},
-    wire::{Digest, Incarnation, Message, Open, PoolId, RefuseCode},
+    endpoint::{ArrivalError, PeerError, config::Config},
+    kv::{Dtype, HeadRange, KvLayout, presets::KvShape},
+    wire::{Digest, Imm, Incarnation, Message, Open, PoolId, RefuseCode},
 };
 
 /// The name of the push that is opened by hand.
 const PUSH: u64 = 999;
 
-/// What a reader answers to an `Open` of a living grant after `change`; nothing is an acceptance.
-fn answer(change: impl Fn(&mut Open)) -> Option<RefuseCode> {
+fn layout() -> KvLayout {
     let shape = KvShape {
         layers: 1,
         tokens_per_page: 4,
@@ -21,7 +20,12 @@ fn answer(change: impl Fn(&mut Open)) -> Option<RefuseCode> {
         head_dim: 8,
         dtype: Dtype::Bf16,
     };
-    let layout = shape.vllm_flash(4).unwrap();
+    shape.vllm_flash(4).unwrap()
+}
+
+/// What a reader answers to an `Open` of a living grant after `change`; nothing is an acceptance.
+fn answer(change: impl Fn(&mut Open)) -> Option<RefuseCode> {
+    let layout = layout();
     let mut world = World::new(9, 2, &Config::default());
     let (source, _source_memory) = world.nodes[0].pool(&layout, 1);
     let (pool, _memory) = world.nodes[1].pool(&layout, 0);
@@ -81,4 +85,30 @@ fn a_grant_is_opened_only_as_it_was_issued() {
     assert_ne!(code, RefuseCode::DigestMismatch, "the generation says it");
     let code = refused(&|open| open.grant.slot += 1);
     assert_eq!(code, RefuseCode::UnknownGrant);
+}
+
+/// A writer that announces a part that the grant does not have is not to be trusted with the rest.
+#[test]
+fn a_part_beyond_the_grant_ends_the_session() {
+    let layout = layout();
+    let mut world = World::new(10, 2, &Config::default());
+    let (source, _source_memory) = world.nodes[0].pool(&layout, 1);
+    let (pool, _memory) = world.nodes[1].pool(&layout, 0);
+    let arrival = pool.grant("x", &[0], Duration::from_secs(1)).unwrap();
+    let shared = &world.nodes[0].shared;
+    let push = shared.start_push(&source, arrival.grant().clone(), None);
+    let push = push.unwrap();
+    world.run(Duration::from_millis(20), |_| {});
+    assert_eq!(push.poll_opened(), Some(Ok(())));
+    let conn = world.conns_of(1)[0];
+    // The first slot, and one layer of one part and the tail.
+    let beyond = Imm::new(0, 2).unwrap().to_wire();
+    world.nodes[1].core.part_arrived(conn, 0, beyond);
+    world.run(Duration::from_millis(1), |_| {});
+    let end = arrival.poll_complete();
+    let accused = matches!(
+        end,
+        Some(Err(ArrivalError::Peer(PeerError::Protocol { .. })))
+    );
+    assert!(accused, "{end:?}");
 }
