@@ -50,6 +50,7 @@ pub(crate) struct Config {
     pub(crate) keepalive: Option<Keepalive>,
     pub(crate) policy: Policy,
     pub(crate) flush: bool,
+    pub(crate) staging_memory: u64,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -81,6 +82,7 @@ impl Default for Config {
             }),
             policy: Policy::default(),
             flush: true,
+            staging_memory: 64 << 20,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

@@ -19,6 +19,7 @@
 //! | `drain` | going away in good order |
 //! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
+//! | `staging` | pushes of memory that a rail cannot reach |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -40,6 +41,7 @@ mod pump;
 mod reader;
 mod remote;
 mod session;
+mod staging;
 mod timers;
 mod writer;
 
@@ -53,12 +55,14 @@ pub(crate) use self::{
     command::{Command, Control, ControlEvent},
     connect::ConnectEntry,
     reader::ArrivalEntry,
+    staging::landing_bytes,
     writer::PushEntry,
 };
 use self::{
     drain::Draining,
     pump::Scratch,
     session::{Role, Session},
+    staging::Staging,
     timers::Timers,
 };
 use super::{
@@ -125,6 +129,7 @@ pub(crate) struct Core {
     pings: u64,
     tails: Arc<TailArena>,
     timers: Timers,
+    staging: Staging,
     /// Nothing new begins.
     draining: Option<Draining>,
     scratch: Scratch,
@@ -170,6 +175,7 @@ impl Core {
             pings: 0,
             tails,
             timers: Timers::default(),
+            staging: Staging::default(),
             draining: None,
             scratch: Scratch::default(),
             completions: Vec::new(),
@@ -201,13 +207,15 @@ impl Core {
             self.event(event);
         }
         active |= self.run_timers();
+        active |= self.step_staging();
         self.settle_drain();
         active
     }
 
     /// When [`Core::step`] must be called at the latest, if nothing happens before.
     pub(crate) fn next_deadline(&self) -> Option<Time> {
-        self.timers.next()
+        let staging = self.staging_deadline();
+        self.timers.next().into_iter().chain(staging).min()
     }
 
     /// The contexts, for waiting on them.
@@ -230,6 +238,7 @@ impl Core {
             );
         }
         self.close_arrivals();
+        self.end_staging();
         self.close_pushes();
         self.close_accesses();
         self.close_drain();

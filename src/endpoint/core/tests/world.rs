@@ -389,6 +389,7 @@ impl Node {
             devices,
             tails,
             registry: Arc::new(Registry::default()),
+            staging: Mutex::default(),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
             next_pool: AtomicU32::new(1),
