@@ -13,5 +13,7 @@ mod export;
 mod flush;
 #[path = "gpu_suite/memory.rs"]
 mod memory;
+#[path = "gpu_suite/real.rs"]
+mod real;
 #[path = "gpu_suite/report.rs"]
 mod report;

@@ -13,6 +13,7 @@ use super::{
     ArrivalError,
     core::Command,
     shared::{ArrivalShared, ArrivalState, EndpointShared},
+    telemetry::Event,
 };
 use crate::wire::Grant;
 
@@ -61,6 +62,11 @@ impl Arrival {
     /// The right to write these pages, for the writer.
     pub fn grant(&self) -> &Grant {
         &self.grant
+    }
+
+    /// What led to its end, if that was not a good one: the last changes of state of its session, oldest first.
+    pub fn trace(&self) -> &[Event] {
+        self.shared.trace.get().map_or(&[], |trace| trace)
     }
 
     /// Layers of which all pages have arrived.

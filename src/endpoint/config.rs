@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::regions::Policy;
+use super::{RailChoice, regions::Policy};
 use crate::{
     fabric::{FabricKind, verbs::VerbsConfig},
     wire::Auth,
@@ -48,6 +48,8 @@ pub(crate) struct Config {
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
     pub(crate) keepalive: Option<Keepalive>,
+    pub(crate) rails: RailChoice,
+    pub(crate) metric_peers: usize,
     pub(crate) policy: Policy,
     pub(crate) flush: bool,
     pub(crate) staging_memory: u64,
@@ -80,6 +82,8 @@ impl Default for Config {
                 interval: Duration::from_secs(5),
                 timeout: Duration::from_secs(15),
             }),
+            rails: RailChoice::Nearest,
+            metric_peers: 256,
             policy: Policy::default(),
             flush: true,
             staging_memory: 64 << 20,

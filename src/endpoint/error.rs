@@ -416,6 +416,19 @@ pub enum PushError {
     /// The device did not copy the source pages to staging memory.
     #[error(transparent)]
     Staging(#[from] StagingError),
+    /// No lane joins a rail that the source pool uses with one that the granted pool uses.
+    #[error(
+        "no lane joins the rails of both pools: the source pool uses lanes of [{}], the granted one those whose other \
+         end is [{}] here (hint: PoolOptions::rails, on either side)",
+        ours.join(", "),
+        theirs.join(", ")
+    )]
+    NoLane {
+        /// Rails of this side that the source pool uses.
+        ours: Vec<String>,
+        /// Rails of this side whose lanes lead to rails that the granted pool uses.
+        theirs: Vec<String>,
+    },
     /// The peer is not reachable.
     #[error(transparent)]
     Peer(#[from] PeerError),
@@ -429,7 +442,11 @@ impl PushError {
             Self::Staging(error) => error.is_retryable(),
             Self::Peer(error) => error.is_retryable(),
             Self::Expired | Self::Revoked(_) => true,
-            Self::Input(_) | Self::Mismatch(_) | Self::Cancelled | Self::Unfenced(_) => false,
+            Self::Input(_)
+            | Self::Mismatch(_)
+            | Self::Cancelled
+            | Self::Unfenced(_)
+            | Self::NoLane { .. } => false,
         }
     }
 }

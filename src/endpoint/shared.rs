@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,17 +16,20 @@ use parking_lot::Mutex;
 use super::{
     AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
     PushReport,
+    choice::RailDistance,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
     regions::{AddressIndex, Arena, Entry, Exports, Policy, Region, Registry},
     signal::Signal,
+    telemetry::{Event, Telemetry},
     wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, LocalKey, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::{HostMemory, Memory, Visibility},
+    topology::Topology,
     wire::{GrantId, Incarnation, PoolId, TailHeader},
 };
 
@@ -37,12 +40,15 @@ pub(crate) struct EndpointShared {
     pub(crate) incarnation: Incarnation,
     pub(crate) addresses: Vec<String>,
     pub(crate) devices: Vec<Arc<dyn Device>>,
+    /// This host's, read when it is needed first.
+    pub(crate) topology: OnceLock<Topology>,
     pub(crate) tails: Arc<TailArena>,
     pub(crate) registry: Arc<Registry>,
     /// Made when the first pool needs it.
     pub(crate) staging: Mutex<Option<Arc<Arena>>>,
     pub(crate) closed: AtomicBool,
     pub(crate) drain: DrainShared,
+    pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) next_pool: AtomicU32,
     pub(crate) next_export: AtomicU32,
     pub(crate) next_push: AtomicU64,
@@ -115,6 +121,8 @@ pub(crate) struct PoolRecord {
     pub(crate) id: PoolId,
     pub(crate) layout: KvLayout,
     pub(crate) regions: Vec<Region>,
+    /// How far each rail is, in the endpoint's order.
+    pub(crate) rails: Vec<RailDistance>,
     /// Whether some region is cut on some rail, so that writes may have to be.
     pub(crate) is_cut: bool,
     /// For each rail, whether it does not reach some region, so that what goes over its fabric is staged.
@@ -128,7 +136,12 @@ pub(crate) struct PoolRecord {
 }
 
 impl PoolRecord {
-    pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
+    pub(crate) fn new(
+        id: PoolId,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        rails: Vec<RailDistance>,
+    ) -> Self {
         let pages = layout.pages as usize;
         let entries: Vec<Entry> = (0..)
             .zip(&regions)
@@ -146,6 +159,7 @@ impl PoolRecord {
             index: AddressIndex::new(&entries),
             flushed: flushed(&regions),
             regions,
+            rails,
             reserved: Mutex::new(vec![0; pages]),
         }
     }
@@ -154,6 +168,11 @@ impl PoolRecord {
     pub(crate) fn arena(&self) -> Option<&Arc<Arena>> {
         let staged = self.regions.iter().find_map(Region::staged)?;
         Some(&staged.arena)
+    }
+
+    /// Whether its pages may go through `rail`.
+    pub(crate) fn uses(&self, rail: usize) -> bool {
+        self.rails.get(rail).is_some_and(Option::is_some)
     }
 
     /// Makes what NICs have written visible to kernels that the devices start afterwards.
@@ -425,6 +444,8 @@ pub(crate) struct ArrivalState {
 #[derive(Debug)]
 pub(crate) struct ArrivalShared {
     pub(crate) signal: Signal<ArrivalState>,
+    /// What led to its end, if that was not a good one. Set before the end is.
+    pub(crate) trace: OnceLock<Arc<[Event]>>,
 }
 
 impl ArrivalShared {
@@ -437,7 +458,16 @@ impl ArrivalShared {
                 tail: None,
                 end: None,
             }),
+            trace: OnceLock::new(),
         }
+    }
+
+    /// It is over.
+    pub(crate) fn end(&self, result: Result<(), ArrivalError>, trace: Option<Arc<[Event]>>) {
+        if let Some(trace) = trace {
+            self.trace.get_or_init(|| trace);
+        }
+        self.signal.update(|state| state.end = Some(result));
     }
 }
 
@@ -469,6 +499,19 @@ pub(crate) enum PushPhase {
 pub(crate) struct PushShared {
     pub(crate) signal: Signal<PushPhase>,
     pub(crate) open_timeout: Option<Duration>,
+    /// What led to its end, if that was not a good one. Set before the end is.
+    pub(crate) trace: OnceLock<Arc<[Event]>>,
+}
+
+impl PushShared {
+    /// It is over.
+    pub(crate) fn end(&self, result: Result<PushReport, PushError>, trace: Option<Arc<[Event]>>) {
+        if let Some(trace) = trace {
+            self.trace.get_or_init(|| trace);
+        }
+        self.signal
+            .update(|phase| *phase = PushPhase::Ended(result));
+    }
 }
 
 /// What a caller sees of a session that it wants made.

@@ -1,14 +1,18 @@
 //! `kvpush-bench devices`.
 
 use comfy_table::Table;
-use kvpush::fabric::verbs::{
-    DeviceFacts, DmabufSupport, Inventory, LibraryFacts, Memlock, PortFacts, choose_gid, inventory,
-    physical_state_word,
+use kvpush::{
+    fabric::verbs::{
+        DeviceFacts, DmabufSupport, Inventory, LibraryFacts, Memlock, PortFacts, choose_gid,
+        inventory, physical_state_word,
+    },
+    topology::Topology,
 };
 use serde_json::{Value, json};
 
+use super::topology;
 use crate::{
-    cli::HostArgs,
+    cli::DevicesArgs,
     error::{Context, Result},
     measure::bytes_text,
     out,
@@ -16,12 +20,16 @@ use crate::{
 };
 
 /// Prints what was found.
-pub(crate) fn devices(args: &HostArgs) -> Result<()> {
+pub(crate) fn devices(args: &DevicesArgs) -> Result<()> {
     let found = inventory();
-    if args.json {
-        out::say(serde_json::to_string_pretty(&json(&found)).context("encode the inventory")?);
+    let places = Topology::read(&args.sysfs);
+    if args.host.json {
+        let mut all = json(&found);
+        all["topology"] = topology::json(&places);
+        out::say(serde_json::to_string_pretty(&all).context("encode the inventory")?);
     } else {
         out::say(text(&found).trim_end());
+        out::say(topology::text(&places).trim_end());
     }
     Ok(())
 }

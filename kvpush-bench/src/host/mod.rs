@@ -2,6 +2,7 @@
 
 mod devices;
 mod doctor;
+mod topology;
 
 use kvpush::fabric::verbs::{Severity, diagnose, inventory};
 

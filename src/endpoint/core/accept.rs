@@ -43,6 +43,7 @@ impl Core {
                     lanes,
                     keepalive_ms: self.keepalive_ms(),
                 };
+                self.tell_ready(conn);
                 self.send(conn, &Message::HelloAck(ack));
                 self.watch(conn, hello.keepalive_ms);
             }

@@ -165,7 +165,7 @@ impl Core {
             return;
         };
         if moving {
-            let lane = usize::from(session.least_loaded());
+            let lane = usize::from(session.best_lane(|_| Some(0)));
             session.lanes[lane]
                 .queue
                 .push_back(Task::Access { access: id });
@@ -232,6 +232,9 @@ impl Core {
                 "no such region, or it has been withdrawn",
             ),
         };
+        if let Message::RegionRefuse(refuse) = &message {
+            self.tell_refused(conn, None, refuse.code, &refuse.detail);
+        }
         self.send(conn, &message);
     }
 
@@ -370,7 +373,7 @@ impl Core {
     }
 
     pub(super) fn close_accesses(&mut self) {
-        for (_, access) in self.accesses.drain() {
+        for access in std::mem::take(&mut self.accesses).into_values() {
             access.shared.finish(Err(PeerError::Closed.into()));
         }
     }

@@ -7,7 +7,7 @@ use super::{
     session::{Phase, Role, Session},
 };
 use crate::{
-    endpoint::{PeerError, control::ConnId},
+    endpoint::{PeerError, control::ConnId, telemetry::EventKind},
     fabric::{FabricError, FabricErrorKind, FabricKind},
     protocol::SendCredits,
     wire::{
@@ -46,6 +46,7 @@ impl Core {
         kinds.dedup();
         let session = Session::dialled(expected, addresses.join(", "), kinds);
         self.sessions.insert(conn, session);
+        self.tell_session(conn, EventKind::SessionDialled);
         self.control.connect(conn, addresses.to_vec(), timeout);
         conn
     }
@@ -211,6 +212,7 @@ impl Core {
             }
         }
         session.phase = Phase::Ready;
+        self.tell_ready(conn);
         self.watch(conn, ack.keepalive_ms);
         self.connect_ready(conn, ack.incarnation);
     }

@@ -20,6 +20,7 @@
 //! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
 //! | `staging` | pushes of memory that a rail cannot reach |
+//! | `watch` | what is told of all this: counters, events, the log |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -43,12 +44,13 @@ mod remote;
 mod session;
 mod staging;
 mod timers;
+mod watch;
 mod writer;
 
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 pub(crate) use self::{
     access::{AccessEntry, AccessOp, ExportRecord, RegionKeys},
@@ -71,6 +73,7 @@ use super::{
     error::PeerError,
     regions::Region,
     shared::{PoolRecord, TailArena},
+    telemetry::{EventKind, Levels, Telemetry},
 };
 use crate::{
     fabric::{
@@ -107,6 +110,9 @@ impl Rail {
 pub(crate) type OpenRail = (Arc<dyn Device>, Box<dyn Context>, u32);
 
 /// See the module's documentation.
+///
+/// Its maps are ordered: where one is walked through, two cores to which the same has happened do the same, in the same
+/// order. A schedule of the simulation repeats exactly because of that.
 pub(crate) struct Core {
     config: Arc<Config>,
     incarnation: Incarnation,
@@ -114,20 +120,23 @@ pub(crate) struct Core {
     rails: Vec<Rail>,
     control: Box<dyn Control>,
     next_conn: u64,
-    sessions: HashMap<ConnId, Session>,
+    sessions: BTreeMap<ConnId, Session>,
     /// Sessions that this side dialled, by whom it expects there.
-    dialled: HashMap<Incarnation, ConnId>,
-    lanes: HashMap<(usize, LaneId), (ConnId, usize)>,
-    pools: HashMap<PoolId, Arc<PoolRecord>>,
-    arrivals: HashMap<u32, ArrivalEntry>,
-    pushes: HashMap<u64, PushEntry>,
-    exports: HashMap<u32, Arc<ExportRecord>>,
-    accesses: HashMap<u64, AccessEntry>,
-    connects: HashMap<ConnId, ConnectEntry>,
+    dialled: BTreeMap<Incarnation, ConnId>,
+    lanes: BTreeMap<(usize, LaneId), (ConnId, usize)>,
+    pools: BTreeMap<PoolId, Arc<PoolRecord>>,
+    arrivals: BTreeMap<u32, ArrivalEntry>,
+    pushes: BTreeMap<u64, PushEntry>,
+    exports: BTreeMap<u32, Arc<ExportRecord>>,
+    accesses: BTreeMap<u64, AccessEntry>,
+    connects: BTreeMap<ConnId, ConnectEntry>,
     next_request: u64,
     /// Asked so far whether a peer is there.
     pings: u64,
     tails: Arc<TailArena>,
+    telemetry: Arc<Telemetry>,
+    /// Levels as they were told last.
+    told: [u64; Levels::COUNT],
     timers: Timers,
     staging: Staging,
     /// Nothing new begins.
@@ -144,6 +153,10 @@ impl Core {
         control: Box<dyn Control>,
         tails: Arc<TailArena>,
     ) -> Self {
+        let names = rails
+            .iter()
+            .map(|(device, ..)| watch::rail_name(device.info()));
+        let telemetry = Telemetry::new(names.collect(), config.metric_peers);
         let rails = rails
             .into_iter()
             .map(|(device, context, completions_free)| Rail {
@@ -162,18 +175,20 @@ impl Core {
             rails,
             control,
             next_conn: 0,
-            sessions: HashMap::new(),
-            dialled: HashMap::new(),
-            lanes: HashMap::new(),
-            pools: HashMap::new(),
-            arrivals: HashMap::new(),
-            pushes: HashMap::new(),
-            exports: HashMap::new(),
-            accesses: HashMap::new(),
-            connects: HashMap::new(),
+            sessions: BTreeMap::new(),
+            dialled: BTreeMap::new(),
+            lanes: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            arrivals: BTreeMap::new(),
+            pushes: BTreeMap::new(),
+            exports: BTreeMap::new(),
+            accesses: BTreeMap::new(),
+            connects: BTreeMap::new(),
             next_request: 0,
             pings: 0,
             tails,
+            telemetry: Arc::new(telemetry),
+            told: [0; Levels::COUNT],
             timers: Timers::default(),
             staging: Staging::default(),
             draining: None,
@@ -209,6 +224,9 @@ impl Core {
         active |= self.run_timers();
         active |= self.step_staging();
         self.settle_drain();
+        if active {
+            self.tell_levels();
+        }
         active
     }
 
@@ -242,6 +260,7 @@ impl Core {
         self.close_pushes();
         self.close_accesses();
         self.close_drain();
+        self.tell_levels();
     }
 
     fn command(&mut self, command: Command) {
@@ -290,11 +309,12 @@ impl Core {
         match event {
             ControlEvent::Accepted { conn, peer } => {
                 self.sessions.insert(conn, Session::accepted(peer));
+                self.tell_session(conn, EventKind::SessionAccepted);
                 self.await_hello(conn);
             }
             ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
             ControlEvent::Message { conn, bytes } => {
-                self.heard(conn);
+                self.heard(conn, bytes.len());
                 match Message::decode(&bytes) {
                     Ok(message) => self.message(conn, message),
                     Err(error) => self.violation(conn, &error.to_string()),
@@ -392,6 +412,7 @@ impl Core {
     }
 
     fn lane_failed(&mut self, conn: ConnId, lane: usize, completion: &Completion) {
+        self.tell_lane_failed(conn, lane, completion);
         let Some(session) = self.sessions.get(&conn) else {
             return;
         };
@@ -414,6 +435,7 @@ impl Core {
     fn rail_failed(&mut self, rail: usize, error: &FabricError) {
         // A rail that cannot even be polled would say so again and again.
         self.rails[rail].dead = true;
+        self.tell_rail_failed(rail);
         let conns: Vec<_> = self
             .sessions
             .iter()
@@ -453,7 +475,7 @@ impl Core {
         let Some(mut session) = self.sessions.remove(&conn) else {
             return;
         };
-        tracing::debug!(peer = session.name(), %error, "session ends");
+        self.tell_session_end(conn, &session, &error);
         if let Some((code, detail)) = goodbye {
             self.send(
                 conn,
@@ -480,7 +502,13 @@ impl Core {
 
     fn send(&mut self, conn: ConnId, message: &Message) {
         match message.encode() {
-            Ok(bytes) => self.control.send(conn, bytes),
+            Ok(bytes) => {
+                let session = self.sessions.get(&conn);
+                if let Some(meters) = session.and_then(|session| session.meters.as_ref()) {
+                    meters.control_sent.add(bytes.len() as u64);
+                }
+                self.control.send(conn, bytes);
+            }
             // Only a descriptor of our own can be too large, and it was checked when the pool was made.
             Err(error) => tracing::error!(%error, "a control message could not be encoded"),
         }

@@ -6,7 +6,7 @@
 //! Slots come first: a request is built only after its send-queue slot, and the peer's receive if it carries an
 //! immediate, have been taken. When there are none the lane waits for completions or credits.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     AccessEntry, Core, PushEntry, Rail,
@@ -15,7 +15,7 @@ use super::{
     staging::{Ready, StagedTask, Staging},
 };
 use crate::{
-    endpoint::{PeerError, control::ConnId},
+    endpoint::{PeerError, control::ConnId, telemetry::meters::RailMeters},
     fabric::{FabricError, Opcode, Sge, WorkRequest},
     protocol::Batch,
     wire::GoodbyeCode,
@@ -91,8 +91,10 @@ pub(super) struct Scratch {
 /// What a post needs from outside of the lane.
 struct Work<'a> {
     rail: &'a mut Rail,
-    pushes: &'a mut HashMap<u64, PushEntry>,
-    accesses: &'a mut HashMap<u64, AccessEntry>,
+    /// Where it is counted.
+    meters: Option<&'a RailMeters>,
+    pushes: &'a mut BTreeMap<u64, PushEntry>,
+    accesses: &'a mut BTreeMap<u64, AccessEntry>,
     scratch: &'a mut Scratch,
     staging: &'a mut Staging,
 }
@@ -111,6 +113,7 @@ impl Core {
         }
         let mut work = Work {
             rail: &mut self.rails[lane.rail],
+            meters: session.meters.as_ref().and_then(|m| m.rail(lane.rail)),
             pushes: &mut self.pushes,
             accesses: &mut self.accesses,
             scratch: &mut self.scratch,
@@ -189,6 +192,9 @@ impl Work<'_> {
                 break;
             }
             if !self.fill(lane)? {
+                if let Some(meters) = self.meters {
+                    meters.stalls.add(1);
+                }
                 break;
             }
             lane.current = None;
@@ -631,9 +637,11 @@ impl Work<'_> {
             Ok(()) => self.scratch.requests.len(),
             Err(error) => error.posted.min(self.scratch.requests.len()),
         } as u32;
+        let (mut bytes, writes) = (0, u64::from(posted));
         for batch in &self.scratch.batches {
             let requests = batch.requests.min(posted);
             posted -= requests;
+            bytes += if requests > 0 { batch.bytes } else { 0 };
             lane.ledger.post(Batch { requests, ..*batch });
             match batch.owner {
                 Owner::Push(id) | Owner::Staged { push: id, .. } => {
@@ -656,6 +664,10 @@ impl Work<'_> {
         self.scratch.requests.clear();
         self.scratch.sges.clear();
         self.scratch.batches.clear();
+        if let Some(meters) = self.meters {
+            meters.bytes.add(bytes);
+            meters.writes.add(writes);
+        }
         result.map_err(|error| error.source)
     }
 }

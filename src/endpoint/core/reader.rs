@@ -7,6 +7,7 @@ use super::{
     session::{Phase, Session},
     staging::Landed,
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
     endpoint::regions::Region,
@@ -40,6 +41,7 @@ pub(crate) struct ArrivalEntry {
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
     opened: Option<(ConnId, u64, u16)>,
+    pub(super) watch: Watch,
 }
 
 impl ArrivalEntry {
@@ -64,6 +66,7 @@ impl ArrivalEntry {
             flush,
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
+            watch: Watch::default(),
         }
     }
 }
@@ -85,6 +88,21 @@ impl ArrivalEntry {
             && self.grant.pool() == open.pool
             && self.grant.digest().matches(&open.digest)
             && self.machine.is_granted()
+    }
+
+    /// The writer's number for the push that opened it.
+    pub(super) fn push(&self) -> u64 {
+        self.opened.map_or(0, |(_, push, _)| push)
+    }
+
+    /// The session that opened it.
+    pub(super) fn session(&self) -> u64 {
+        self.opened.map_or(0, |(conn, ..)| conn.0)
+    }
+
+    /// Parts that have not arrived.
+    pub(super) fn missing(&self) -> u32 {
+        self.parts.missing()
     }
 
     fn expired(&self) -> ArrivalError {
@@ -112,6 +130,7 @@ impl Core {
         let slot = entry.grant.id().slot;
         self.timers
             .at(entry.machine.next_deadline(), Timer::Arrival(slot));
+        self.tell_grant(&entry);
         self.arrivals.insert(slot, entry);
     }
 
@@ -154,16 +173,19 @@ impl Core {
     /// The same, with a landing if it needs one.
     pub(super) fn open_landed(&mut self, conn: ConnId, open: &Open) {
         match self.try_open(conn, open) {
-            Ok(accept) => self.send(conn, &Message::Accept(Box::new(accept))),
+            Ok(accept) => {
+                self.tell_arrival_open(conn, open.grant.slot);
+                self.send(conn, &Message::Accept(Box::new(accept)));
+            }
             Err((code, detail)) => self.refuse(conn, open, code, detail),
         }
     }
 
     pub(super) fn refuse(&mut self, conn: ConnId, open: &Open, code: RefuseCode, detail: &str) {
-        let Some(session) = self.sessions.get(&conn) else {
+        if !self.sessions.contains_key(&conn) {
             return;
-        };
-        tracing::info!(peer = session.name(), %code, detail, "grant refused");
+        }
+        self.tell_refused(conn, Some(open.grant), code, detail);
         let refuse = Refuse {
             push: open.push,
             code,
@@ -218,8 +240,14 @@ impl Core {
         arrival.opened = Some((conn, open.push, slot));
         let rails = session.rails();
         let record = &arrival.pool.record;
+        // A writer takes a rail without keys for one that the pool does not use.
+        let told: Vec<usize> = rails
+            .iter()
+            .copied()
+            .filter(|&rail| record.uses(rail))
+            .collect();
         let landed = arrival.landed.as_ref();
-        let landing = landed.map(|landed| landed.descriptor(&arrival.pool, &rails));
+        let landing = landed.map(|landed| landed.descriptor(&arrival.pool, &told));
         let wants_pool = open.want_pool && landing.is_none();
         let pool = wants_pool.then(|| PoolDescriptor {
             pool: record.id,
@@ -229,9 +257,10 @@ impl Core {
                 .iter()
                 .map(|region| RegionDescriptor {
                     length: region.length(),
-                    keys: region_keys(region, &rails),
+                    keys: region_keys(region, &told),
                 })
                 .collect(),
+            distances: record.rails.iter().map(|rail| rail.unwrap_or(0)).collect(),
         });
         Ok(Accept {
             push: open.push,
@@ -259,6 +288,9 @@ impl Core {
         let Some(lane) = session.lanes.get_mut(index) else {
             return;
         };
+        if let Some(rail) = session.meters.as_ref().and_then(|m| m.rail(lane.rail)) {
+            rail.parts.add(1);
+        }
         if let Some(count) = lane.receive.consume() {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
@@ -419,10 +451,14 @@ impl Core {
             ArrivalAction::SendRevoke { expired } => {
                 self.timers
                     .at(arrival.machine.next_deadline(), Timer::Arrival(slot));
-                let Some((conn, push, _)) = arrival.opened else {
+                let opened = arrival.opened;
+                self.tell_revoking(slot, expired);
+                let Some((conn, push, _)) = opened else {
                     // Its writer has gone after everything had landed: nobody is there to be asked.
-                    let action = arrival.machine.drained();
-                    self.arrival_action(slot, action);
+                    let arrival = self.arrivals.get_mut(&slot);
+                    if let Some(action) = arrival.map(|arrival| arrival.machine.drained()) {
+                        self.arrival_action(slot, action);
+                    }
                     return;
                 };
                 let reason = if expired {
@@ -433,9 +469,10 @@ impl Core {
                 self.send(conn, &Message::Revoke(Revoke { push, reason }));
             }
             ArrivalAction::Fence => {
-                let Some((conn, ..)) = arrival.opened else {
+                let Some((conn, push, _)) = arrival.opened else {
                     return;
                 };
+                self.tell_forced(conn, push, Some(slot));
                 let Some(session) = self.sessions.get(&conn) else {
                     return;
                 };
@@ -485,10 +522,8 @@ impl Core {
             .pool
             .record
             .release(arrival.grant.pages(), arrival.grant.heads());
-        arrival
-            .shared
-            .signal
-            .update(|state| state.end = Some(result));
+        let trace = self.tell_arrival_end(&arrival, result.as_ref().map(|&()| ()));
+        arrival.shared.end(result, trace);
     }
 
     /// The lanes of a session are gone: nothing of its grants can land any more. Unless they could not be fenced: then
@@ -520,10 +555,8 @@ impl Core {
             };
             self.count_arrival(false);
             let failure = ArrivalError::Unfenced(Box::new(source.clone()));
-            arrival
-                .shared
-                .signal
-                .update(|state| state.end = Some(Err(failure)));
+            let trace = self.tell_arrival_end(&arrival, Err(&failure));
+            arrival.shared.end(Err(failure), trace);
             // Its memory, its reservation and its tail buffer stay as they are for the life of the process.
             std::mem::forget(arrival);
         }

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use super::{
@@ -15,7 +16,7 @@ use super::{
     pump::{Current, Owner, Task},
 };
 use crate::{
-    endpoint::control::ConnId,
+    endpoint::{control::ConnId, telemetry::meters::PeerMeters},
     fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
     kv::Plan,
     protocol::{LaneLedger, ReceiveCredits, SendCredits},
@@ -49,6 +50,8 @@ pub(super) struct Session {
     /// Who it is, once it has said so.
     pub(super) incarnation: Option<Incarnation>,
     pub(super) liveness: Liveness,
+    /// Where it is counted, once the peer has said who it is.
+    pub(super) meters: Option<Arc<PeerMeters>>,
     pub(super) lanes: Vec<Lane>,
     /// Dialler: who is expected to answer.
     pub(super) expected: Option<Incarnation>,
@@ -75,6 +78,7 @@ impl Session {
             peer_name,
             incarnation: None,
             liveness: Liveness::default(),
+            meters: None,
             lanes: Vec::new(),
             expected: None,
             untried: Vec::new(),
@@ -107,14 +111,18 @@ impl Session {
         }
     }
 
-    /// The lane with the least to do; in turn, if several have.
-    pub(super) fn least_loaded(&mut self) -> u16 {
+    /// Of the lanes of the least distance the one with the least to do; in turn, if several have. A lane without a
+    /// distance is taken only if there is no other.
+    pub(super) fn best_lane(&mut self, distance: impl Fn(&Lane) -> Option<u16>) -> u16 {
         let count = self.lanes.len().max(1);
         let start = self.next_lane % count;
         self.next_lane = start + 1;
         (0..self.lanes.len())
             .map(|step| (start + step) % count)
-            .min_by_key(|&lane| self.lanes[lane].backlog())
+            .min_by_key(|&lane| {
+                let lane = &self.lanes[lane];
+                (distance(lane).unwrap_or(u16::MAX), lane.backlog())
+            })
             .unwrap_or(0) as u16
     }
 
@@ -266,8 +274,8 @@ impl Core {
             match rail.context.destroy_lane(lane.id) {
                 Ok(()) => rail.completions_free += lane.reserved,
                 Err(error) => {
-                    tracing::error!(%error, "a lane could not be fenced");
                     rail.distrusted = true;
+                    self.tell_fence_failed(lane, &error);
                     result = result.and(Err(error));
                 }
             }

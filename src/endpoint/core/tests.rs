@@ -7,5 +7,7 @@ mod hostile;
 mod limits;
 mod liveness;
 mod schedules;
+mod swarm;
+mod telemetry;
 mod unfenced;
 mod world;

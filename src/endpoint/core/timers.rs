@@ -32,6 +32,10 @@ impl Timers {
         self.0.peek().map(|Reverse((time, _))| *time)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     fn due(&mut self, now: Time) -> Option<Timer> {
         self.next().filter(|&time| time <= now)?;
         self.0.pop().map(|Reverse((_, timer))| timer)

@@ -6,8 +6,9 @@ use super::{
     Core,
     pump::{Current, Owner, Task},
     remote::{RemotePool, Target, prepare},
-    session::{Phase, Session},
+    session::{Lane, Phase, Session},
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
     endpoint::{
@@ -50,6 +51,7 @@ pub(crate) struct PushEntry {
     pub(super) tail_targets: HashMap<u8, Target>,
     tail_bytes: u32,
     opened: Time,
+    pub(super) watch: Watch,
 }
 
 impl PushEntry {
@@ -81,12 +83,22 @@ impl PushEntry {
             tail_targets: HashMap::new(),
             tail_bytes: 0,
             opened: Time(0),
+            watch: Watch::default(),
         }
     }
 
     /// The peer's regions through its rail `rail`.
     pub(super) fn targets(&self, rail: u8) -> Option<&Arc<[Target]>> {
         self.remote.as_ref()?.targets.get(&rail)
+    }
+
+    /// How far both ends of a lane are from the memory there, together; nothing if a pool does not use one of them.
+    pub(super) fn distance(&self, rail: usize, remote_rail: u8) -> Option<u16> {
+        let ours = *self.source.record.rails.get(rail)?;
+        let remote = self.remote.as_ref()?;
+        let reached = remote.targets.contains_key(&remote_rail)
+            && self.tail_targets.contains_key(&remote_rail);
+        reached.then_some(u16::from(ours?) + u16::from(remote.distance(remote_rail)))
     }
 
     /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
@@ -147,6 +159,7 @@ impl Core {
         self.timers
             .at(push.machine.next_deadline(), Timer::Push(id));
         self.pushes.insert(id, push);
+        self.tell_push_opening(id);
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
@@ -215,12 +228,12 @@ impl Core {
         match result {
             Ok(()) => {
                 let round_trip = self.now - push.opened;
-                tracing::debug!(push = id, ?round_trip, "push open");
                 push.shared
                     .signal
                     .update(|phase| *phase = PushPhase::Active);
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_open(conn, id, round_trip);
             }
             Err(error) => self.stop_push(id, PushEnd::Failed(error)),
         }
@@ -300,7 +313,11 @@ impl Core {
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
             let completes = (*remaining == 0).then(|| push.imm(part));
-            let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
+            let lane = match push.lane_of[part as usize] {
+                Some(lane) => lane,
+                None => session.best_lane(|lane| push.distance(lane.rail, lane.remote_rail)),
+            };
+            push.lane_of[part as usize] = Some(lane);
             push.machine.queue();
             session.lanes[usize::from(lane)]
                 .queue
@@ -339,7 +356,8 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        let lane = usize::from(session.least_loaded());
+        let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+        let lane = usize::from(session.best_lane(distance));
         session.lanes[lane].queue.push_back(Task::Tail { push: id });
         self.pump(conn, lane);
     }
@@ -376,6 +394,7 @@ impl Core {
             PushAction::StopPosting => {
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_stopping(conn, id);
                 self.drop_tasks(conn, id);
             }
             PushAction::Fence => {
@@ -387,6 +406,7 @@ impl Core {
                     peer: session.name(),
                     waited: self.config.drain_timeout,
                 };
+                self.tell_forced(conn, id, None);
                 self.end_session(
                     conn,
                     error,
@@ -421,9 +441,9 @@ impl Core {
                     }
                     self.leave_session(conn, id);
                 }
-                push.shared
-                    .signal
-                    .update(|phase| *phase = PushPhase::Ended(result));
+                let after = self.now - push.opened;
+                let trace = self.tell_push_end(&push, after, result.as_ref().map(|_| ()));
+                push.shared.end(result, trace);
             }
         }
     }
@@ -494,9 +514,9 @@ impl Core {
                     };
                     self.count_push(false);
                     let failure = PushError::Unfenced(Box::new(source.clone()));
-                    push.shared
-                        .signal
-                        .update(|phase| *phase = PushPhase::Ended(Err(failure)));
+                    let after = self.now - push.opened;
+                    let trace = self.tell_push_end(&push, after, Err(&failure));
+                    push.shared.end(Err(failure), trace);
                     std::mem::forget(push);
                 }
                 _ => self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone()))),

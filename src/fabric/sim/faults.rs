@@ -16,6 +16,7 @@ pub(super) struct Faults {
     partitions: BTreeSet<(String, String)>,
     spike_probability: f64,
     spike: u64,
+    not_ready: f64,
     /// The next post with more requests than this fails at this one.
     pub(super) post_fails_at: Option<usize>,
 }
@@ -36,6 +37,13 @@ impl World {
             }
         }
         self.rng.chance(self.faults.loss).then_some("loss")
+    }
+
+    /// Whether a responder claims to have no receive, though it may have.
+    pub(super) fn claims_no_receive(&mut self) -> bool {
+        // Without this fault no number is drawn, so that it changes nothing for those who do not ask for it.
+        let p = self.faults.not_ready;
+        p > 0.0 && self.rng.chance(p)
     }
 
     /// Extra delay for a packet.
@@ -64,6 +72,29 @@ impl SimNet {
         let faults = &mut self.world.lock().faults;
         faults.spike_probability = p;
         faults.spike = extra;
+    }
+
+    /// From now on each immediate is answered with "receiver not ready" with probability `p`, whatever receives there
+    /// are. [`SimStats::unready`](super::SimStats::unready) does not count these.
+    pub fn set_not_ready(&self, p: f64) {
+        self.world.lock().faults.not_ready = p;
+    }
+
+    /// From now on the port of `device` has another speed. False if there is no such device.
+    pub fn set_speed(&self, device: &str, bits_per_second: u64) -> bool {
+        let mut world = self.world.lock();
+        let Some(index) = world.find(device) else {
+            return false;
+        };
+        world.devices[index].bits_per_second = bits_per_second;
+        true
+    }
+
+    /// The lanes that `device` has, in the order in which they were made.
+    pub fn lanes_of(&self, device: &str) -> Vec<LaneId> {
+        let world = self.world.lock();
+        let device = world.find(device).and_then(|at| world.devices.get(at));
+        device.map_or_else(Vec::new, |device| device.lanes.keys().copied().collect())
     }
 
     /// Starts (`cut`) or ends losing all packets between the devices `a` and `b`. Packets already on the wire arrive.

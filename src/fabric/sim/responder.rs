@@ -90,11 +90,13 @@ impl World {
             }
             part
         };
-        let Some(lane) = device.lanes.get_mut(&at.lane) else {
+        let claimed = chunk.imm.is_some() && self.claims_no_receive();
+        let Some(lane) = self.lane_mut(at) else {
             return;
         };
-        if chunk.imm.is_some() && lane.receives == 0 {
+        if claimed || (chunk.imm.is_some() && lane.receives == 0) {
             lane.nak_sent = true;
+            self.stats.unready += u64::from(!claimed);
             self.answer(at, from, psn, Body::NotReady);
             return;
         }

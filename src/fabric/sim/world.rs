@@ -37,6 +37,7 @@ pub(super) struct DeviceState {
     pub(super) queue: Option<CompletionQueue>,
     pub(super) lanes: BTreeMap<LaneId, Lane>,
     pub(super) next_lane: u32,
+    pub(super) bits_per_second: u64,
     /// Lanes in line for the port.
     ready: Vec<LaneId>,
     transmit_queued: bool,
@@ -103,6 +104,7 @@ impl World {
             queue: None,
             lanes: BTreeMap::new(),
             next_lane: 1,
+            bits_per_second: self.config.bits_per_second,
             ready: Vec::new(),
             transmit_queued: false,
             port_free_at: 0,
@@ -228,7 +230,8 @@ impl World {
             lane.queued = false;
         }
         let bytes = self.send_next(at);
-        let busy = bytes.map_or(0, |bytes| self.config.wire_time(bytes));
+        let speed = self.devices[index].bits_per_second;
+        let busy = bytes.map_or(0, |bytes| SimConfig::wire_time(bytes, speed));
         let free_at = self.now.saturating_add(busy);
         self.devices[index].port_free_at = free_at;
         self.kick(at);

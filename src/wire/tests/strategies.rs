@@ -111,13 +111,15 @@ fn region_keys() -> impl Strategy<Value = Vec<RegionKey>> {
 fn pool() -> impl Strategy<Value = PoolDescriptor> {
     let region =
         (any::<u64>(), region_keys()).prop_map(|(length, keys)| RegionDescriptor { length, keys });
-    (any::<u32>(), layout(), vec(region, 0..20)).prop_map(|(pool, layout, regions)| {
-        PoolDescriptor {
+    let distances = vec(any::<u8>(), 0..=16);
+    (any::<u32>(), layout(), vec(region, 0..20), distances).prop_map(
+        |(pool, layout, regions, distances)| PoolDescriptor {
             pool: PoolId(pool),
             layout,
             regions,
-        }
-    })
+            distances,
+        },
+    )
 }
 
 fn hello() -> impl Strategy<Value = Message> {

@@ -83,6 +83,12 @@ impl Landed {
                 length: *bytes,
                 keys: keys.collect(),
             }],
+            distances: pool
+                .record
+                .rails
+                .iter()
+                .map(|rail| rail.unwrap_or(0))
+                .collect(),
         }
     }
 

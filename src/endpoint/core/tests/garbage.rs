@@ -112,6 +112,7 @@ impl Speaker {
                 length: if fitting { REGION } else { s.number() },
                 keys: s.list(3, Self::key),
             }),
+            distances: self.list(3, |s| s.number() as u8),
         }
     }
 
