@@ -338,6 +338,9 @@ pub(crate) struct OutputArgs {
     /// Draw the rows: GB/s over page size for a sweep, else a bar for each
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
+    /// Print the pushing endpoints' statistics beside each row: sessions, outcomes, bytes and stalls of each rail
+    #[arg(long)]
+    pub(crate) stats: bool,
 }
 
 /// Page sizes in bytes.

@@ -154,6 +154,13 @@ impl Builder {
         self
     }
 
+    /// Time for which a session goes on although none of its lanes works, while they are made again. Then it ends, and
+    /// its pushes and arrivals with it. Default 10 s.
+    pub fn recovery_timeout(mut self, timeout: Duration) -> Self {
+        self.config.recovery_timeout = timeout;
+        self
+    }
+
     /// A peer from which nothing has come for `interval` is asked whether it is there; one that is silent for `timeout`
     /// is given up: its lanes are fenced, and its pushes and arrivals end with [`PeerError::Silent`]. Any message counts
     /// as an answer. Default 5 s and 15 s.

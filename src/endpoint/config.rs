@@ -47,6 +47,7 @@ pub(crate) struct Config {
     pub(crate) open_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
+    pub(crate) recovery_timeout: Duration,
     pub(crate) keepalive: Option<Keepalive>,
     pub(crate) rails: RailChoice,
     pub(crate) metric_peers: usize,
@@ -78,6 +79,7 @@ impl Default for Config {
             open_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
             revoke_grace: Duration::from_millis(500),
+            recovery_timeout: Duration::from_secs(10),
             keepalive: Some(Keepalive {
                 interval: Duration::from_secs(5),
                 timeout: Duration::from_secs(15),

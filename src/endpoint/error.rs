@@ -309,6 +309,26 @@ pub enum PeerError {
         /// The vendor's code for it.
         vendor_error: u32,
     },
+    /// Its own end of a lane failed.
+    #[error("{peer} lost its end of lane {lane}: {detail}")]
+    LaneLost {
+        /// Its address.
+        peer: String,
+        /// The lane, counted within the session.
+        lane: u16,
+        /// Its words.
+        detail: String,
+    },
+    /// No lane to it worked for too long.
+    #[error("no lane to {peer} has worked for {waited:?}; the last failure: {last}")]
+    NoLane {
+        /// Its address.
+        peer: String,
+        /// How long none worked.
+        waited: Duration,
+        /// How the last of them failed.
+        last: Box<PeerError>,
+    },
     /// The fabric failed below a lane to it.
     #[error("{peer}: {source}")]
     Fabric {
@@ -372,6 +392,8 @@ impl PeerError {
             Self::NoSession { .. }
             | Self::Restarted { .. }
             | Self::Lane { .. }
+            | Self::LaneLost { .. }
+            | Self::NoLane { .. }
             | Self::Silent { .. }
             | Self::Disconnected { .. }
             | Self::Goodbye { .. } => true,

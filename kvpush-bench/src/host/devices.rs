@@ -10,7 +10,7 @@ use kvpush::{
 };
 use serde_json::{Value, json};
 
-use super::topology;
+use super::{gpus, paths, topology};
 use crate::{
     cli::DevicesArgs,
     error::{Context, Result},
@@ -23,13 +23,19 @@ use crate::{
 pub(crate) fn devices(args: &DevicesArgs) -> Result<()> {
     let found = inventory();
     let places = Topology::read(&args.sysfs);
+    let gpus = gpus::find();
+    let tried = paths::try_all(gpus.numbers())?;
     if args.host.json {
         let mut all = json(&found);
         all["topology"] = topology::json(&places);
+        all["gpus"] = gpus.json();
+        all["paths"] = paths::json(&tried);
         out::say(serde_json::to_string_pretty(&all).context("encode the inventory")?);
     } else {
         out::say(text(&found).trim_end());
         out::say(topology::text(&places).trim_end());
+        out::say(gpus.text().trim_end());
+        out::say(paths::text(&tried).trim_end());
     }
     Ok(())
 }
@@ -64,7 +70,7 @@ fn text(found: &Inventory) -> String {
     text
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = compact_table();
     table.set_header(header);
     table

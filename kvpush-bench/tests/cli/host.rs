@@ -123,3 +123,46 @@ fn devices_shows_what_is_near_to_what() {
     assert!(text.out.contains("PIX: at most one"), "{}", text.out);
     run(&["devices", "--sysfs", "/nonexistent"]).assert_code(0);
 }
+
+#[test]
+fn devices_says_which_way_each_rail_reaches_each_kind_of_memory() {
+    let outcome = run(&["devices", "--json"]);
+    outcome.assert_code(0);
+    let found: Value = serde_json::from_str(&outcome.out).expect("JSON");
+    let kinds = found["paths"].as_array().expect("kinds of memory");
+    let host = kinds.iter().find(|kind| kind["memory"] == "host");
+    let rails = host.expect("host memory")["rails"]
+        .as_array()
+        .expect("rails");
+    assert!(
+        rails.iter().any(|rail| rail["fabric"] == "tcp"),
+        "{rails:?}"
+    );
+    assert!(
+        rails.iter().all(|rail| rail["path"] == "plain"),
+        "{rails:?}"
+    );
+    for kind in kinds {
+        let has_rails = kind["rails"]
+            .as_array()
+            .is_some_and(|rails| !rails.is_empty());
+        let has_reason = kind["error"]
+            .as_str()
+            .is_some_and(|error| error.contains("next: "));
+        assert!(has_rails || has_reason, "{kind}");
+    }
+    let udmabuf = kinds.iter().find(|kind| kind["memory"] == "udmabuf");
+    let node = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/udmabuf");
+    assert_eq!(udmabuf.expect("dmabufs")["rails"].is_array(), node.is_ok());
+    let text = run(&["devices"]);
+    for runtime in ["hip", "hsa", "cuda"] {
+        let report = &found["gpus"][runtime];
+        let words = report["found"].as_str().or(report["error"].as_str());
+        assert!(words.is_some_and(|words| !words.is_empty()), "{report}");
+        let line = format!("{}: ", runtime.to_uppercase());
+        assert!(text.out.contains(&line), "no {line:?} in\n{}", text.out);
+    }
+}

@@ -194,6 +194,8 @@ impl Core {
         }
         for (lane, answer) in session.lanes.iter_mut().zip(&ack.lanes) {
             lane.remote_rail = answer.rail;
+            lane.home = answer.rail;
+            lane.speed = slower(lane.speed, answer.speed_bits);
             lane.peer_receives = ack.receives_per_lane;
             lane.send = SendCredits::new(lane.config.send_depth, ack.receives_per_lane);
             let context = &mut self.rails[lane.rail].context;
@@ -249,4 +251,9 @@ impl Core {
             self.end_session(conn, error, None);
         }
     }
+}
+
+/// The slower of two speeds, 0 if one is unknown.
+pub(super) fn slower(a: u64, b: u64) -> u64 {
+    a.min(b)
 }

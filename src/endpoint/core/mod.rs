@@ -15,6 +15,7 @@
 //! | `pump` | from queued work to posted requests |
 //! | `cut` | writes between regions of several registrations |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
+//! | `recovery` | lanes that fail and are made again, rails that come and go |
 //! | `access` | one-sided reads and writes of exported regions |
 //! | `drain` | going away in good order |
 //! | `limits` | what a peer can make this side hold |
@@ -40,6 +41,7 @@ mod limits;
 mod liveness;
 mod pump;
 mod reader;
+mod recovery;
 mod remote;
 mod session;
 mod staging;
@@ -63,7 +65,7 @@ pub(crate) use self::{
 use self::{
     drain::Draining,
     pump::Scratch,
-    session::{Role, Session},
+    session::{LaneState, Role, Session},
     staging::Staging,
     timers::Timers,
 };
@@ -76,9 +78,7 @@ use super::{
     telemetry::{EventKind, Levels, Telemetry},
 };
 use crate::{
-    fabric::{
-        Completion, CompletionKind, Context, Device, FabricError, FabricKind, LaneId, Status,
-    },
+    fabric::{Completion, CompletionKind, Context, Device, FabricKind, LaneId, RailEvent, Status},
     protocol::Time,
     wire::{Goodbye, GoodbyeCode, Incarnation, Message, PoolId},
 };
@@ -97,6 +97,10 @@ pub(super) struct Rail {
     pub(super) dead: bool,
     /// It did not fence a lane: what runs on it goes on, but nothing new does.
     pub(super) distrusted: bool,
+    /// Since when its port is down.
+    pub(super) down_since: Option<Time>,
+    /// Since when it is up again.
+    pub(super) up_since: Time,
 }
 
 impl Rail {
@@ -143,6 +147,11 @@ pub(crate) struct Core {
     draining: Option<Draining>,
     scratch: Scratch,
     completions: Vec<Completion>,
+    rail_events: Vec<RailEvent>,
+    /// Reader's lanes to be ended once all completions at hand have been looked at: session, lane, epoch.
+    failing: Vec<(ConnId, usize, u32)>,
+    /// Lanes offered again since the start.
+    renewals: u64,
 }
 
 impl Core {
@@ -166,6 +175,8 @@ impl Core {
                 completions_free,
                 dead: false,
                 distrusted: false,
+                down_since: None,
+                up_since: Time(0),
             })
             .collect();
         Self {
@@ -194,6 +205,9 @@ impl Core {
             draining: None,
             scratch: Scratch::default(),
             completions: Vec::new(),
+            rail_events: Vec::new(),
+            failing: Vec::new(),
+            renewals: 0,
         }
     }
 
@@ -220,6 +234,7 @@ impl Core {
         }
         for event in events.drain(..) {
             self.event(event);
+            self.end_failing();
         }
         active |= self.run_timers();
         active |= self.step_staging();
@@ -359,6 +374,12 @@ impl Core {
             (Role::Dialler, Message::Done { .. }) => {}
             (Role::Dialler, Message::RegionAccept(accept)) => self.region_accepted(conn, accept),
             (Role::Dialler, Message::RegionRefuse(refuse)) => self.region_refused(conn, refuse),
+            (Role::Dialler, Message::LaneLost(lost)) => self.lane_lost(conn, lost),
+            (Role::Dialler, Message::LaneFenced(fenced)) => self.lane_fenced(conn, fenced),
+            (Role::Dialler, Message::LaneRenewed(renewed)) => self.lane_renewed(conn, renewed),
+            (Role::Dialler, Message::LaneRefused(refused)) => self.lane_refused(conn, refused),
+            (Role::Acceptor, Message::LaneDown(down)) => self.lane_down(conn, down),
+            (Role::Acceptor, Message::LaneRenew(renew)) => self.lane_renew(conn, renew),
             (Role::Acceptor, Message::Hello(hello)) => self.hello(conn, hello),
             (Role::Acceptor, Message::Open(open)) => self.open(conn, &open),
             (Role::Acceptor, Message::Drained { push }) => self.drained(conn, push),
@@ -377,21 +398,35 @@ impl Core {
     fn poll_rails(&mut self) -> bool {
         let mut active = false;
         for rail in 0..self.rails.len() {
-            if self.rails[rail].dead {
-                continue;
-            }
-            let mut completions = std::mem::take(&mut self.completions);
-            completions.clear();
-            let result = self.rails[rail].context.poll(&mut completions);
-            active |= !completions.is_empty();
-            for completion in &completions {
-                self.completion(rail, completion);
-            }
-            self.completions = completions;
-            if let Err(error) = result {
-                self.rail_failed(rail, &error);
-                active = true;
-            }
+            active |= self.poll_rail(rail);
+        }
+        self.end_failing();
+        active
+    }
+
+    /// Polls one rail once. Lanes that fail here must be [ended](Core::end_failing) afterwards.
+    fn poll_rail(&mut self, rail: usize) -> bool {
+        if self.rails[rail].dead {
+            return false;
+        }
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.clear();
+        let result = self.rails[rail].context.poll(&mut completions);
+        let mut active = !completions.is_empty();
+        for completion in &completions {
+            self.completion(rail, completion);
+        }
+        self.completions = completions;
+        let mut events = std::mem::take(&mut self.rail_events);
+        self.rails[rail].context.events(&mut events);
+        active |= !events.is_empty();
+        for event in events.drain(..) {
+            self.rail_event(rail, event);
+        }
+        self.rail_events = events;
+        if let Err(error) = result {
+            self.rail_failed(rail, &error);
+            active = true;
         }
         active
     }
@@ -401,8 +436,19 @@ impl Core {
         let Some(&(conn, lane)) = self.lanes.get(&(rail, completion.lane)) else {
             return;
         };
+        if let CompletionKind::Received { .. } = completion.kind
+            && let Some(lane) = self.sessions.get_mut(&conn).map(|s| &mut s.lanes[lane])
+        {
+            lane.receives = lane.receives.saturating_sub(1);
+        }
         if completion.status != Status::Success {
-            self.lane_failed(conn, lane, completion);
+            let session = self.sessions.get(&conn);
+            // A lane that fails completes all it has; the first completion says why.
+            if session.is_some_and(|s| !matches!(s.lanes[lane].state, LaneState::Failing)) {
+                self.tell_lane_failed(conn, lane, completion);
+                let error = self.completion_error(conn, rail, completion);
+                self.lane_failed(conn, lane, error);
+            }
             return;
         }
         match completion.kind {
@@ -411,44 +457,16 @@ impl Core {
         }
     }
 
-    fn lane_failed(&mut self, conn: ConnId, lane: usize, completion: &Completion) {
-        self.tell_lane_failed(conn, lane, completion);
-        let Some(session) = self.sessions.get(&conn) else {
-            return;
-        };
-        let Some(lane) = session.lanes.get(lane) else {
-            return;
-        };
-        let info = self.rails[lane.rail].device.info();
-        let error = PeerError::Lane {
-            peer: session.name(),
+    fn completion_error(&self, conn: ConnId, rail: usize, completion: &Completion) -> PeerError {
+        let info = self.rails[rail].device.info();
+        let session = self.sessions.get(&conn);
+        PeerError::Lane {
+            peer: session.map(Session::name).unwrap_or_default(),
             fabric: info.kind,
             device: info.name.clone(),
-            lane: lane.id,
+            lane: completion.lane,
             status: completion.status,
             vendor_error: completion.vendor_error,
-        };
-        let detail = format!("lane failed: {:?}", completion.status);
-        self.end_session(conn, error, Some((GoodbyeCode::Error, &detail)));
-    }
-
-    fn rail_failed(&mut self, rail: usize, error: &FabricError) {
-        // A rail that cannot even be polled would say so again and again.
-        self.rails[rail].dead = true;
-        self.tell_rail_failed(rail);
-        let conns: Vec<_> = self
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.lanes.iter().any(|lane| lane.rail == rail))
-            .map(|(&conn, session)| (conn, session.name()))
-            .collect();
-        tracing::error!(%error, sessions = conns.len(), "rail failed");
-        for (conn, peer) in conns {
-            let error = PeerError::Fabric {
-                peer,
-                source: Box::new(error.clone()),
-            };
-            self.end_session(conn, error, Some((GoodbyeCode::Error, "rail failed")));
         }
     }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Core,
-    session::{Phase, Session},
+    session::{LaneState, Phase, Session},
     staging::Landed,
     timers::Timer,
     watch::Watch,
@@ -31,7 +31,7 @@ pub(crate) struct ArrivalEntry {
     pub(crate) pool: Arc<PoolHandle>,
     pub(crate) shared: Arc<ArrivalShared>,
     pub(crate) tail_slot: TailSlot,
-    parts: PartMap,
+    pub(super) parts: PartMap,
     /// Where its bytes land first, if the pool has to be staged and the grant is open.
     pub(super) landed: Option<Landed>,
     blocks: Blocks,
@@ -40,7 +40,7 @@ pub(crate) struct ArrivalEntry {
     flush: bool,
     machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
-    opened: Option<(ConnId, u64, u16)>,
+    pub(super) opened: Option<(ConnId, u64, u16)>,
     pub(super) watch: Watch,
 }
 
@@ -75,6 +75,11 @@ impl ArrivalEntry {
     /// Whether no writer has opened it.
     pub(super) fn is_granted(&self) -> bool {
         self.machine.is_granted()
+    }
+
+    /// The parts that have been placed, be it in the pool or in a landing.
+    pub(super) fn arrived(&self) -> &PartMap {
+        self.landed.as_ref().map_or(&self.parts, Landed::arrived)
     }
 
     pub(super) fn blocks(&self) -> Blocks {
@@ -205,6 +210,7 @@ impl Core {
                 "the endpoint has restarted since",
             ));
         }
+        let rails = self.rails_of_session(conn);
         if self.is_draining() {
             return Err((RefuseCode::Draining, "the endpoint is going away"));
         }
@@ -238,7 +244,6 @@ impl Core {
             return Err((RefuseCode::Expired, "its deadline has passed"));
         };
         arrival.opened = Some((conn, open.push, slot));
-        let rails = session.rails();
         let record = &arrival.pool.record;
         // A writer takes a rail without keys for one that the pool does not use.
         let told: Vec<usize> = rails
@@ -291,21 +296,26 @@ impl Core {
         if let Some(rail) = session.meters.as_ref().and_then(|m| m.rail(lane.rail)) {
             rail.parts.add(1);
         }
-        if let Some(count) = lane.receive.consume() {
+        // A lane that fails gets no more receives, but what it has placed counts.
+        let due = match lane.state {
+            LaneState::Up => lane.receive.consume(),
+            _ => None,
+        };
+        if let Some(count) = due {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
                 Ok(()) => {
-                    let total = lane.receive.posted(count);
+                    lane.receives += count;
+                    let (total, epoch) = (lane.receive.posted(count), lane.epoch);
                     let lane = index as u16;
-                    self.send(conn, &Message::Credits(Credits { lane, total }));
+                    self.send(conn, &Message::Credits(Credits { lane, epoch, total }));
                 }
                 Err(source) => {
                     let error = PeerError::Fabric {
                         peer: session.name(),
                         source: source.into(),
                     };
-                    self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
-                    return;
+                    self.lane_failed(conn, index, error);
                 }
             }
         }

@@ -5,11 +5,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{
-    Core,
-    reader::ArrivalEntry,
-    session::{Lane, Session},
-};
+use super::{Core, reader::ArrivalEntry, session::Session};
 use crate::{
     endpoint::{
         ArrivalError, PeerError, PushError,
@@ -19,7 +15,7 @@ use crate::{
             meters::{Outcome, PeerMeters, Revoked},
         },
     },
-    fabric::{Completion, FabricError, Status},
+    fabric::{Completion, FabricError, LaneId, Status},
     protocol::Time,
     wire::{GoodbyeCode, GrantId, RefuseCode},
 };
@@ -204,12 +200,10 @@ impl Core {
     }
 
     /// A device refused to end a lane.
-    pub(super) fn tell_fence_failed(&self, lane: &Lane, error: &FabricError) {
+    pub(super) fn tell_fence_failed(&self, rail: usize, lane: LaneId, error: &FabricError) {
         self.telemetry.endpoint.unfenced.add(1);
-        tracing::error!(%error, lane = %lane.id, rail = lane.rail, "a lane could not be fenced");
-        self.record(EventKind::FenceFailed, |event| {
-            event.rail = lane.rail as u16
-        });
+        tracing::error!(%error, %lane, rail, "a lane could not be fenced");
+        self.record(EventKind::FenceFailed, |event| event.rail = rail as u16);
     }
 
     pub(super) fn tell_push_opening(&self, id: u64) {

@@ -6,7 +6,7 @@ use super::{
     Core,
     pump::{Current, Owner, Task},
     remote::{RemotePool, Target, prepare},
-    session::{Lane, Phase, Session},
+    session::{Lane, LaneState, Phase, Session},
     timers::Timer,
     watch::Watch,
 };
@@ -262,7 +262,13 @@ impl Core {
         let known = session
             .lanes
             .get_mut(index)
-            .is_some_and(|lane| lane.send.announce(credits.total, lane.peer_receives));
+            .filter(|lane| lane.epoch == credits.epoch)
+            .is_some_and(|lane| match lane.state {
+                LaneState::Up => lane.send.announce(credits.total, lane.peer_receives),
+                // Sent before the reader heard that the lane is gone here.
+                LaneState::Fencing { .. } => true,
+                _ => false,
+            });
         if known {
             self.pump(conn, index);
         } else {
@@ -312,24 +318,30 @@ impl Core {
             let part = blocks.part(layer, block);
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
-            let completes = (*remaining == 0).then(|| push.imm(part));
-            let lane = match push.lane_of[part as usize] {
-                Some(lane) => lane,
-                None => session.best_lane(|lane| push.distance(lane.rail, lane.remote_rail)),
-            };
+            let completes = *remaining == 0;
+            let bytes = push.planner.as_ref().map_or(0, |planner| {
+                let page = planner.bytes_per_page(layer).unwrap_or(0);
+                page.saturating_mul(count.into())
+            });
+            // A part keeps to its lane, except when that is gone and its work has been moved.
+            let lane = push.lane_of[part as usize].filter(|&lane| session.keeps(&self.rails, lane));
+            let lane = lane.unwrap_or_else(|| {
+                let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+                session.choose(&self.rails, self.now, bytes, distance)
+            });
             push.lane_of[part as usize] = Some(lane);
             push.machine.queue();
-            session.lanes[usize::from(lane)]
-                .queue
-                .push_back(Task::Pages {
-                    push: id,
-                    layer,
-                    first: position,
-                    source: Arc::clone(&pages),
-                    from: position - first,
-                    count,
-                    completes,
-                });
+            session.lanes[usize::from(lane)].enqueue(Task::Pages {
+                push: id,
+                layer,
+                part,
+                first: position,
+                source: Arc::clone(&pages),
+                from: position - first,
+                count,
+                completes,
+                bytes,
+            });
             touched |= 1 << (lane % 64);
             position = until;
         }
@@ -356,9 +368,15 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
+        let (part, bytes) = (push.blocks_tail(), u64::from(push.tail_bytes));
         let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
-        let lane = usize::from(session.best_lane(distance));
-        session.lanes[lane].queue.push_back(Task::Tail { push: id });
+        let lane = usize::from(session.choose(&self.rails, self.now, bytes, distance));
+        let tail = Task::Tail {
+            push: id,
+            part,
+            bytes,
+        };
+        session.lanes[lane].enqueue(tail);
         self.pump(conn, lane);
     }
 
@@ -483,8 +501,11 @@ impl Core {
             return;
         };
         for lane in &mut session.lanes {
+            let load = &mut lane.load;
             lane.queue.retain(|task| {
-                !matches!(task, Task::Pages { push, .. } | Task::Tail { push } if *push == id)
+                let other = task.owner() != Owner::Push(id);
+                *load -= if other { 0 } else { task.bytes() };
+                other
             });
             let is_of = match &lane.current {
                 Some(Current::Pages { push, .. } | Current::Tail { push }) => *push == id,
@@ -493,6 +514,9 @@ impl Core {
             };
             if is_of {
                 lane.current = None;
+                if let Some(task) = lane.replay.close(lane.ledger.next_sequence()) {
+                    lane.load -= task.bytes();
+                }
             }
         }
     }

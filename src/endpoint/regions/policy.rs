@@ -54,10 +54,13 @@ pub(crate) enum Unreachable {
     },
 }
 
+/// What was exported: of which device, and its addresses.
+type Exported = (Option<PciAddress>, Span);
+
 /// What has been exported so far, for one call that registers. Dropping it closes the descriptors.
 #[derive(Default)]
 pub(crate) struct Exports<'a> {
-    exported: Vec<((Option<PciAddress>, Span), Result<Dmabuf, String>)>,
+    exported: Vec<(Exported, Result<Dmabuf, String>)>,
     /// Where to get the arena, if memory may be staged.
     arena: Option<&'a dyn Fn() -> Result<Arc<Arena>, String>>,
 }

@@ -8,7 +8,7 @@ use super::{
     trace::TraceEvent,
     world::{At, World},
 };
-use crate::fabric::LaneId;
+use crate::fabric::{LaneId, RailEvent, Status};
 
 #[derive(Default)]
 pub(super) struct Faults {
@@ -19,11 +19,31 @@ pub(super) struct Faults {
     not_ready: f64,
     /// The next post with more requests than this fails at this one.
     pub(super) post_fails_at: Option<usize>,
+    /// Devices whose port is down.
+    down: BTreeSet<String>,
+    /// Devices whose answers are lost.
+    mute: BTreeSet<String>,
+    /// Devices that say "receiver not ready" to every immediate.
+    pub(super) starved: BTreeSet<String>,
+    /// Device and request at which the next lane fails, and how.
+    pub(super) failing_request: Option<(String, u64, Status)>,
 }
 
 impl World {
     /// Which fault takes this packet, if one does.
     pub(super) fn lose(&mut self, packet: &Packet) -> Option<&'static str> {
+        if !(self.faults.down.is_empty() && self.faults.mute.is_empty()) {
+            let named = |names: &BTreeSet<String>, at: At| {
+                let device = self.devices.get(at.device);
+                device.is_some_and(|device| names.contains(&device.name))
+            };
+            if named(&self.faults.down, packet.from) || named(&self.faults.down, packet.to) {
+                return Some("port down");
+            }
+            if packet.is_answer() && named(&self.faults.mute, packet.from) {
+                return Some("answer lost");
+            }
+        }
         if !self.faults.partitions.is_empty() {
             let name = |at: At| {
                 self.devices
@@ -111,6 +131,68 @@ impl SimNet {
     /// `ENOMEM`, as a driver may.
     pub fn post_fails_at(&self, index: usize) {
         self.world.lock().faults.post_fails_at = Some(index);
+    }
+
+    /// Takes the port of a device down or up again. While it is down every packet from and to it is lost; packets on the
+    /// wire arrive. Its context reports the change. False if there is no such device.
+    pub fn set_port(&self, device: &str, up: bool) -> bool {
+        let mut world = self.world.lock();
+        let Some(index) = world.find(device) else {
+            return false;
+        };
+        let changed = match up {
+            true => world.faults.down.remove(device),
+            false => world.faults.down.insert(device.to_owned()),
+        };
+        if changed {
+            let event = match up {
+                true => RailEvent::PortActive,
+                false => RailEvent::PortDown,
+            };
+            world.report(index, event);
+        }
+        true
+    }
+
+    /// Has a device report that its port has another address. Lanes go on, as they may on a real one. False if there is
+    /// no such device.
+    pub fn change_address(&self, device: &str) -> bool {
+        let mut world = self.world.lock();
+        let index = world.find(device);
+        if let Some(index) = index {
+            world.report(index, RailEvent::AddressChanged);
+        }
+        index.is_some()
+    }
+
+    /// Starts or ends losing all acknowledgements that a device sends, while what it sends and receives otherwise
+    /// arrives.
+    pub fn lose_answers(&self, device: &str, lose: bool) {
+        let mute = &mut self.world.lock().faults.mute;
+        match lose {
+            true => mute.insert(device.to_owned()),
+            false => mute.remove(device),
+        };
+    }
+
+    /// Has a device refuse every immediate with "receiver not ready", or stop that.
+    pub fn starve(&self, device: &str, starved: bool) {
+        let names = &mut self.world.lock().faults.starved;
+        match starved {
+            true => names.insert(device.to_owned()),
+            false => names.remove(device),
+        };
+    }
+
+    /// How many times a requester tries again after "receiver not ready", from now on.
+    pub fn set_rnr_retry(&self, retries: u8) {
+        self.world.lock().config.rnr_retry = retries;
+    }
+
+    /// Makes the next request `id` of any lane of `device` fail with `status` when its turn to be sent comes, and with
+    /// it the lane. Nothing of the request leaves.
+    pub fn fail_at_request(&self, device: &str, id: u64, status: Status) {
+        self.world.lock().faults.failing_request = Some((device.to_owned(), id, status));
     }
 
     /// Moves a lane to the error state as a local fault of the device would; its peer is not told. False if there is

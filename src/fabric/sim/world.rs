@@ -16,7 +16,9 @@ use super::{
     stats::SimStats,
     trace::{Recorder, TraceEvent},
 };
-use crate::fabric::{Completion, CompletionKind, FabricError, FabricErrorKind, LaneId, Status};
+use crate::fabric::{
+    Completion, CompletionKind, FabricError, FabricErrorKind, LaneId, RailEvent, Status,
+};
 
 /// The port number that every device has.
 pub(super) const PORT: u8 = 1;
@@ -42,6 +44,8 @@ pub(super) struct DeviceState {
     ready: Vec<LaneId>,
     transmit_queued: bool,
     port_free_at: u64,
+    /// What its context has not handed out yet.
+    pub(super) events: Vec<RailEvent>,
 }
 
 impl DeviceState {
@@ -108,6 +112,7 @@ impl World {
             ready: Vec::new(),
             transmit_queued: false,
             port_free_at: 0,
+            events: Vec::new(),
         });
         self.devices.len() - 1
     }
@@ -239,6 +244,27 @@ impl World {
         if !device.ready.is_empty() && !device.transmit_queued {
             device.transmit_queued = true;
             self.schedule(free_at, Event::Transmit(index));
+        }
+    }
+
+    /// Has the context of a device report `event`.
+    pub(super) fn report(&mut self, index: usize, event: RailEvent) {
+        let at = At {
+            device: index,
+            lane: LaneId(0),
+        };
+        let word = match event {
+            RailEvent::PortDown => "port down",
+            RailEvent::PortActive => "port active",
+            RailEvent::AddressChanged => "address changed",
+            RailEvent::LaneFailed(_) => "lane failed",
+        };
+        self.trace(at, TraceEvent::State(word));
+        if let Some(device) = self.devices.get_mut(index) {
+            device.events.push(event);
+            if let Some(queue) = device.queue.as_mut() {
+                queue.wake();
+            }
         }
     }
 

@@ -92,6 +92,11 @@ impl Landed {
         }
     }
 
+    /// The parts that are in this host's memory: they must not be sent again.
+    pub(in crate::endpoint::core) fn arrived(&self) -> &PartMap {
+        &self.arrived
+    }
+
     /// Whether everything is in this host's memory, so that the writer is not needed any more.
     pub(in crate::endpoint::core) fn is_whole(&self) -> bool {
         self.arrived.is_complete()

@@ -165,6 +165,7 @@ impl Speaker {
                 name: detail(),
                 lanes: self.list(3, |s| LaneAnswer {
                     rail: s.number() as u8,
+                    speed_bits: s.number(),
                     address: s.lane_address(),
                 }),
                 receives_per_lane: self.number() as u32,
@@ -194,6 +195,7 @@ impl Speaker {
             }),
             7 => Message::Credits(Credits {
                 lane: self.number() as u16,
+                epoch: self.random.below(3) as u32,
                 total: self.number(),
             }),
             8 => Message::Revoke(Revoke {

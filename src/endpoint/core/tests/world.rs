@@ -46,6 +46,9 @@ use crate::{
     wire::{Incarnation, Message, RegionToken, RegionTokenFields},
 };
 
+/// Completion-queue entries of each rail.
+pub(super) const COMPLETIONS: u32 = 1 << 12;
+
 /// What becomes of a message on its way: whose it is, the message, and what is sent in its place.
 pub(super) type Tamper = Box<dyn FnMut(usize, Vec<u8>) -> Vec<Vec<u8>>>;
 
@@ -429,7 +432,7 @@ impl Node {
         name[9] = life;
         let incarnation = Incarnation(name);
         let (commands, inbox) = crossbeam::channel::unbounded();
-        let depth = 1 << 12;
+        let depth = COMPLETIONS;
         let unfenceable: Vec<_> = (0..rails)
             .map(|_| Arc::new(AtomicBool::new(false)))
             .collect();
