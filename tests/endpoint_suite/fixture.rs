@@ -44,6 +44,13 @@ impl Fabric {
         }
     }
 
+    pub(crate) fn shm() -> Self {
+        Self {
+            kind: FabricKind::Shm,
+            net: None,
+        }
+    }
+
     pub(crate) fn verbs() -> Self {
         Self {
             kind: FabricKind::Verbs,
