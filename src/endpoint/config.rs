@@ -53,6 +53,7 @@ pub(crate) struct Config {
     pub(crate) metric_peers: usize,
     pub(crate) policy: Policy,
     pub(crate) flush: bool,
+    pub(crate) staging_memory: u64,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -87,6 +88,7 @@ impl Default for Config {
             metric_peers: 256,
             policy: Policy::default(),
             flush: true,
+            staging_memory: 64 << 20,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

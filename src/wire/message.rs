@@ -267,6 +267,8 @@ pub(crate) struct Accept {
     pub(crate) remaining_ns: u64,
     pub(crate) tail: TailTarget,
     pub(crate) pool: Option<PoolDescriptor>,
+    /// Where to write in place of the pool, for this push only: page `i` is for position `i` of the grant.
+    pub(crate) landing: Option<PoolDescriptor>,
 }
 
 /// Where the tail goes: a header and then at most `capacity` bytes.

@@ -120,9 +120,11 @@ impl Message {
                 w.u16(accept.slot);
                 w.u64(accept.remaining_ns);
                 write_tail(w, &accept.tail)?;
-                w.bool(accept.pool.is_some());
-                if let Some(pool) = &accept.pool {
-                    pool.write(w)?;
+                for pool in [&accept.pool, &accept.landing] {
+                    w.bool(pool.is_some());
+                    if let Some(pool) = pool {
+                        pool.write(w)?;
+                    }
                 }
             }
             Self::Refuse(refuse) => {
@@ -304,6 +306,10 @@ impl Message {
                     remaining_ns: r.u64("remaining")?,
                     tail: read_tail(r)?,
                     pool: match r.bool("has pool")? {
+                        true => Some(PoolDescriptor::read(r)?),
+                        false => None,
+                    },
+                    landing: match r.bool("has landing")? {
                         true => Some(PoolDescriptor::read(r)?),
                         false => None,
                     },

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 
-use super::{Rail, session::Session, writer::PushEntry};
+use super::{Core, Rail, session::Session, writer::PushEntry};
 use crate::{
     endpoint::{PeerError, PushError, config::Config, regions::Grid, shared::PoolRecord},
     fabric::RemoteKey,
@@ -168,7 +168,9 @@ pub(super) fn prepare(
         })
     };
     let pool = push.grant.pool();
-    let remote = match descriptor {
+    let landing = accept.landing.clone();
+    let is_landing = landing.is_some();
+    let remote = match landing.or(descriptor) {
         Some(descriptor) if descriptor.pool == pool => Arc::new(RemotePool::new(descriptor)?),
         Some(_) => return Err(protocol("the description of another pool")),
         // What the opening relied on is kept by the push, whatever the session has forgotten since.
@@ -217,7 +219,11 @@ pub(super) fn prepare(
             .clamp(1, u32::MAX.into()) as u32,
     };
     let planner = remote.planner(&push.source.record, push.grant.heads(), limits)?;
-    let pages = push.grant.pages();
+    if is_landing {
+        // Its page `i` is for the grant's position `i`.
+        push.landing = Some((0..push.grant.pages().len() as u32).collect());
+    }
+    let pages = push.destination();
     if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
         let error = PlanError::PageOutOfRange {
             side: Side::Destination,
@@ -263,6 +269,9 @@ pub(super) fn prepare(
     {
         return Err(protocol("a rail without a key for the tail"));
     }
+    let kind = session.lanes.first().map(|lane| rails[lane.rail].kind);
+    let staged = &push.source.record.staged;
+    push.is_staged = kind.is_some_and(|kind| Core::is_staged(rails, kind, staged));
     push.slot = accept.slot;
     push.blocks = Some(blocks);
     push.planner = Some(planner);

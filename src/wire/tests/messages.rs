@@ -158,6 +158,7 @@ fn accept_size(pool: PoolDescriptor) -> usize {
             capacity: 5,
         },
         pool: Some(pool),
+        landing: None,
     }));
     let bytes = message.encode().unwrap();
     assert_eq!(Message::decode(&bytes), Ok(message));
@@ -219,6 +220,7 @@ fn a_layer_run_cannot_exceed_the_announced_layers() {
             capacity: 0,
         },
         pool: None,
+        landing: None,
     }))
     .encode()
     .unwrap();

@@ -234,14 +234,16 @@ fn accept() -> impl Strategy<Value = Message> {
         any::<u64>(),
         tail,
         option::of(pool()),
+        option::of(pool()),
     )
-        .prop_map(|(push, slot, remaining_ns, tail, pool)| {
+        .prop_map(|(push, slot, remaining_ns, tail, pool, landing)| {
             Message::Accept(Box::new(Accept {
                 push,
                 slot,
                 remaining_ns,
                 tail,
                 pool,
+                landing,
             }))
         })
 }

@@ -154,6 +154,7 @@ impl Speaker {
                 capacity: self.number() as u32,
             },
             pool: self.random.chance(600).then(|| self.pool()),
+            landing: self.random.chance(200).then(|| self.pool()),
         }))
     }
 
