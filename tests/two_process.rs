@@ -25,6 +25,8 @@ mod killed;
 mod mover;
 #[path = "two_process/opening.rs"]
 mod opening;
+#[path = "two_process/paused.rs"]
+mod paused;
 #[path = "two_process/process.rs"]
 mod process;
 #[path = "two_process/races.rs"]
@@ -51,6 +53,8 @@ macro_rules! all_cases {
                 stopped::a_stopped_writer_expires
                 stopped::a_stopped_reader_expires
                 stopped::a_stopped_reader_is_cancelled
+                paused::a_writer_pauses
+                paused::a_reader_pauses
                 idle::an_idle_writer_stops
                 idle::an_idle_reader_stops
                 drained::a_reader_goes_after_its_pushes

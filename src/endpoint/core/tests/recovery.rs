@@ -222,22 +222,22 @@ fn a_push_survives_the_loss_of_a_lane() {
     assert!(replays > 20, "hardly any lane was lost in time: {replays}");
 }
 
-/// At every request, whatever it carries.
+/// At every request, whatever it carries, and whether packets were lost or the reader's device refused it.
 #[test]
 fn a_push_survives_an_error_of_any_request() {
-    let mut hit = 0;
-    for request in 0..24 {
-        let mut pair = Pair::new(request, [1, 1], &config());
-        let (arrival, push) = pair.open();
-        pair.world
-            .net
-            .fail_at_request("sim0-0", request, Status::RetryExceeded);
-        pair.push_all(&push);
-        pair.run(100);
-        pair.assert_complete(&arrival, &push);
-        hit += usize::from(pair.renewals() == 1);
+    for status in [Status::RetryExceeded, Status::RemoteAccess] {
+        let mut hit = 0;
+        for request in 0..24 {
+            let mut pair = Pair::new(request, [1, 1], &config());
+            let (arrival, push) = pair.open();
+            pair.world.net.fail_at_request("sim0-0", request, status);
+            pair.push_all(&push);
+            pair.run(100);
+            pair.assert_complete(&arrival, &push);
+            hit += usize::from(pair.renewals() == 1);
+        }
+        assert!(hit > 8, "{status:?}: {hit}");
     }
-    assert!(hit > 8, "{hit}");
 }
 
 /// The reader has counted a part and the writer has not heard so when the lane fails. The reader's engine uses the pages
