@@ -8,6 +8,8 @@ mod limits;
 mod liveness;
 mod rails;
 mod recovery;
+mod recovery_ends;
+mod recovery_words;
 mod schedules;
 mod swarm;
 mod telemetry;
