@@ -13,6 +13,8 @@ mod far;
 mod fixture;
 #[path = "endpoint_suite/inputs.rs"]
 mod inputs;
+#[path = "endpoint_suite/lanes.rs"]
+mod lanes;
 #[path = "endpoint_suite/lifecycle.rs"]
 mod lifecycle;
 #[path = "endpoint_suite/mover.rs"]
@@ -116,8 +118,18 @@ macro_rules! software_cases {
     )*};
 }
 
+/// Cases over fabrics whose lanes can be broken from here.
+macro_rules! lane_cases {
+    ($($name:ident $fabric:ident),*) => {$(
+        mod $name {
+            suite!(@ $fabric [] lanes::a_push_survives_the_loss_of_its_lanes);
+        }
+    )*};
+}
+
 all_cases!(sim);
 all_cases!(tcp);
 all_cases!(shm);
 software_cases!(device_sim sim, device_tcp tcp);
+lane_cases!(lanes_sim sim, lanes_tcp tcp);
 all_cases!(verbs #[ignore = "needs an RDMA device: cargo xtask rxe"]);

@@ -70,6 +70,11 @@ impl Fabric {
         }
     }
 
+    /// The simulated net, if it is one.
+    pub(crate) fn net(&self) -> Option<&SimNet> {
+        self.net.as_ref()
+    }
+
     /// An endpoint with default settings.
     pub(crate) fn endpoint(&self, name: &str) -> Endpoint {
         let endpoint = self

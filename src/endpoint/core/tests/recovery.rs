@@ -206,6 +206,13 @@ pub(super) fn config() -> Config {
     }
 }
 
+pub(super) fn one_lane() -> Config {
+    Config {
+        lanes_per_rail: 1,
+        ..config()
+    }
+}
+
 /// Keeps all messages, with the node that sent them.
 pub(super) fn log_messages(world: &mut World) -> Rc<RefCell<Vec<(usize, Message)>>> {
     let log = Rc::new(RefCell::new(Vec::new()));

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    recovery::{LAYERS, PAGES, Pair, SECOND, config, contents, log_messages},
+    recovery::{LAYERS, PAGES, Pair, SECOND, config, contents, log_messages, one_lane},
     world::World,
 };
 use crate::{
@@ -63,7 +63,8 @@ fn a_stopped_push_is_over_only_after_its_lane() {
     for revoked in [false, true] {
         for node in 0..2 {
             for step in 0..10 {
-                let mut pair = Pair::new(step, [1, 1], &config());
+                // One lane, whose end is that of the push.
+                let mut pair = Pair::new(step, [1, 1], &one_lane());
                 let (arrival, push) = pair.open();
                 let log = log_messages(&mut pair.world);
                 // So something is in flight until the lane fails.

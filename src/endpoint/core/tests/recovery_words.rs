@@ -3,21 +3,11 @@
 
 use std::{cell::RefCell, rc::Rc};
 
-use super::recovery::{Pair, config, count_messages};
-use crate::{
-    endpoint::config::Config,
-    wire::{
-        Credits, LaneAddress, LaneDown, LaneFenced, LaneLost, LaneRefusal, LaneRefused, LaneRenew,
-        LaneRenewed, Message,
-    },
+use super::recovery::{Pair, count_messages, one_lane};
+use crate::wire::{
+    Credits, LaneAddress, LaneDown, LaneFenced, LaneLost, LaneRefusal, LaneRefused, LaneRenew,
+    LaneRenewed, Message,
 };
-
-fn one_lane() -> Config {
-    Config {
-        lanes_per_rail: 1,
-        ..config()
-    }
-}
 
 fn credits(epoch: u32) -> Message {
     Message::Credits(Credits {
