@@ -24,7 +24,7 @@ use super::{
     wake::WakeHandle,
 };
 use crate::{
-    fabric::{Access, Device, LocalKey, RemoteKey},
+    fabric::{Access, Device, LocalKey, MrId, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::HostMemory,
     wire::{GrantId, Incarnation, PoolId, TailHeader},
@@ -321,6 +321,14 @@ impl TailSlot {
     pub(crate) fn remote(&self, rail: usize) -> Option<RemoteKey> {
         let keys = self.arena.region.rails().get(rail)?;
         keys.remote().first().copied()
+    }
+
+    /// What a window for it is bound into on one rail: address, registration, bytes.
+    pub(crate) fn window(&self, rail: usize) -> Option<(u64, MrId, u64)> {
+        let keys = self.arena.region.rails().get(rail)?;
+        let (address, mr) = keys.window(self.offset())?;
+        let length = u64::from(self.arena.capacity) + TailHeader::SIZE as u64;
+        Some((address, mr, length))
     }
 
     /// Its address and key for gather lists, on one rail.

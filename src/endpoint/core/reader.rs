@@ -6,6 +6,7 @@ use super::{
     Core,
     session::{Phase, Session},
     timers::Timer,
+    windows::{Opening, SHUT, Windows},
 };
 use crate::{
     endpoint::regions::Region,
@@ -17,8 +18,9 @@ use crate::{
     fabric::FabricError,
     protocol::{ArrivalAction, ArrivalEnd, ArrivalMachine, Blocks, PartMap, PartOutcome, Time},
     wire::{
-        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, Imm, Message, Open, PoolDescriptor,
-        Refuse, RefuseCode, RegionDescriptor, RegionKey, Revoke, RevokeReason, TailTarget,
+        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, GrantWindows, Imm, Message, Open,
+        PoolDescriptor, Refuse, RefuseCode, RegionDescriptor, RegionKey, Revoke, RevokeReason,
+        TailTarget,
     },
 };
 
@@ -33,9 +35,11 @@ pub(crate) struct ArrivalEntry {
     valid_for: Duration,
     /// Whether devices are told of what has arrived before the caller is.
     flush: bool,
-    machine: ArrivalMachine<ArrivalError>,
+    pub(super) machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
-    opened: Option<(ConnId, u64, u16)>,
+    pub(super) opened: Option<(ConnId, u64, u16)>,
+    /// The keys that its writer has instead of those of regions, or will have.
+    pub(super) windows: Option<Windows>,
 }
 
 impl ArrivalEntry {
@@ -59,6 +63,7 @@ impl ArrivalEntry {
             flush,
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
+            windows: None,
         }
     }
 }
@@ -114,6 +119,9 @@ impl Core {
         };
         let action = arrival.machine.tick(self.now);
         self.arrival_action(slot, action);
+        if self.is_overdue(slot) {
+            self.arrival_action(slot, ArrivalAction::Fence);
+        }
     }
 
     /// A peer wants to use a grant.
@@ -126,7 +134,7 @@ impl Core {
             return;
         }
         match self.try_open(conn, open) {
-            Ok(accept) => self.send(conn, &Message::Accept(Box::new(accept))),
+            Ok(()) => {}
             Err((code, detail)) => {
                 let peer = self
                     .sessions
@@ -144,11 +152,7 @@ impl Core {
         }
     }
 
-    fn try_open(
-        &mut self,
-        conn: ConnId,
-        open: &Open,
-    ) -> Result<Accept, (RefuseCode, &'static str)> {
+    fn try_open(&mut self, conn: ConnId, open: &Open) -> Result<(), (RefuseCode, &'static str)> {
         if open.incarnation != self.incarnation {
             return Err((
                 RefuseCode::WrongIncarnation,
@@ -174,7 +178,7 @@ impl Core {
                 "its content has been changed on the way",
             ));
         }
-        if !arrival.machine.is_granted() {
+        if !arrival.machine.is_granted() || arrival.opened.is_some() {
             return Err((RefuseCode::AlreadyOpened, "another push uses it"));
         }
         let Some(session) = self.sessions.get_mut(&conn) else {
@@ -183,14 +187,68 @@ impl Core {
         let Some(slot) = session.take_slot(open.grant.slot) else {
             return Err((RefuseCode::Busy, "too many pushes from this peer at once"));
         };
-        let Some(remaining) = arrival.machine.open(self.now) else {
+        if arrival.machine.next_deadline() <= Some(self.now) {
             session.slots[usize::from(slot)] = None;
             return Err((RefuseCode::Expired, "its deadline has passed"));
-        };
+        }
         arrival.opened = Some((conn, open.push, slot));
-        let rails = session.rails();
+        match self.begin_windows(conn, open.grant.slot, open) {
+            Opening::Windows => self.drive_windows(open.grant.slot),
+            Opening::Region { again } => {
+                self.accept(open.grant.slot, open.want_pool || again, None)
+            }
+            Opening::Refused(code, detail) => {
+                self.close_opening(open.grant.slot);
+                return Err((code, detail));
+            }
+        }
+        Ok(())
+    }
+
+    /// The grant in `slot` is not being opened any more, and may be again.
+    pub(super) fn close_opening(&mut self, slot: u32) {
+        let opened = self
+            .arrivals
+            .get_mut(&slot)
+            .and_then(|arrival| arrival.opened.take());
+        if let Some((conn, _, imm_slot)) = opened
+            && let Some(session) = self.sessions.get_mut(&conn)
+        {
+            session.slots[usize::from(imm_slot)] = None;
+        }
+    }
+
+    /// Tells the writer that has opened the grant in `slot` where to write: through `windows`, or with the keys of
+    /// regions.
+    pub(super) fn accept(&mut self, slot: u32, tell_pool: bool, windows: Option<GrantWindows>) {
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return;
+        };
+        let Some((conn, push, imm_slot)) = arrival.opened else {
+            return;
+        };
+        let Some(session) = self.sessions.get(&conn) else {
+            return;
+        };
+        let Some(remaining) = arrival.machine.open(self.now) else {
+            // Its timer is due and ends it, and its windows.
+            let refuse = Refuse {
+                push,
+                code: RefuseCode::Expired,
+                detail: "its deadline has passed".to_owned(),
+            };
+            if windows.is_none() {
+                self.close_opening(slot);
+            }
+            self.send(conn, &Message::Refuse(refuse));
+            return;
+        };
+        let rails = match windows {
+            None => session.rails(),
+            Some(_) => Vec::new(),
+        };
         let record = &arrival.pool.record;
-        let pool = open.want_pool.then(|| PoolDescriptor {
+        let pool = tell_pool.then(|| PoolDescriptor {
             pool: record.id,
             layout: record.layout.clone(),
             regions: record
@@ -202,9 +260,9 @@ impl Core {
                 })
                 .collect(),
         });
-        Ok(Accept {
-            push: open.push,
-            slot,
+        let accept = Accept {
+            push,
+            slot: imm_slot,
             remaining_ns: u64::try_from(remaining.as_nanos()).unwrap_or(u64::MAX),
             tail: TailTarget {
                 address: arrival.tail_slot.address(),
@@ -214,8 +272,10 @@ impl Core {
                     .collect(),
                 capacity: arrival.grant.tail_capacity(),
             },
+            windows,
             pool,
-        })
+        };
+        self.send(conn, &Message::Accept(Box::new(accept)));
     }
 
     /// A write with immediate has been placed: a part is there.
@@ -252,6 +312,10 @@ impl Core {
                 .copied()
                 .flatten()
         });
+        if slot == Some(SHUT) {
+            // Written before its windows were taken back, or empty; nobody waits for it any more.
+            return;
+        }
         let Some((slot, arrival)) =
             slot.and_then(|slot| Some((slot, self.arrivals.get_mut(&slot)?)))
         else {
@@ -328,6 +392,7 @@ impl Core {
     /// A writer has nothing in flight any more, as it was asked.
     pub(super) fn drained(&mut self, conn: ConnId, push: u64) {
         let Some((slot, arrival)) = self.arrival_of(conn, push) else {
+            self.let_in(conn, push);
             return;
         };
         let action = arrival.machine.drained();
@@ -336,9 +401,15 @@ impl Core {
 
     /// A writer gave up by itself.
     pub(super) fn given_up(&mut self, conn: ConnId, cancel: Cancel) {
+        let now = self.now;
         let Some((slot, arrival)) = self.arrival_of(conn, cancel.push) else {
+            self.let_in(conn, cancel.push);
             return;
         };
+        if arrival.windows.as_ref().is_some_and(|w| !w.is_told()) {
+            // It was being opened; it ends as if it had been.
+            let _ = arrival.machine.open(now);
+        }
         let failure = match cancel.code {
             Cancel::EXPIRED => arrival.expired(),
             _ => ArrivalError::Abandoned {
@@ -361,7 +432,7 @@ impl Core {
     }
 
     /// Does what an arrival's machine asks for.
-    fn arrival_action(&mut self, slot: u32, action: ArrivalAction<ArrivalError>) {
+    pub(super) fn arrival_action(&mut self, slot: u32, action: ArrivalAction<ArrivalError>) {
         let Some(arrival) = self.arrivals.get_mut(&slot) else {
             return;
         };
@@ -381,6 +452,12 @@ impl Core {
                 self.send(conn, &Message::Revoke(Revoke { push, reason }));
             }
             ArrivalAction::Fence => {
+                if self.shut_windows(slot) {
+                    return;
+                }
+                let Some(arrival) = self.arrivals.get(&slot) else {
+                    return;
+                };
                 let Some((conn, ..)) = arrival.opened else {
                     return;
                 };
@@ -399,37 +476,44 @@ impl Core {
                 );
             }
             ArrivalAction::End(end) => {
-                let Some(arrival) = self.arrivals.remove(&slot) else {
-                    return;
-                };
                 let result = match end {
                     ArrivalEnd::Completed => Ok(()),
                     ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
                     ArrivalEnd::Expired => Err(arrival.expired()),
                     ArrivalEnd::Failed(error) => Err(error),
                 };
-                if arrival.opened.is_some() {
-                    self.count_arrival(result.is_ok());
+                if let Some(result) = self.end_with_windows(slot, result) {
+                    self.finish_arrival(slot, result);
                 }
-                if let Some((conn, push, imm_slot)) = arrival.opened
-                    && let Some(session) = self.sessions.get_mut(&conn)
-                {
-                    session.slots[usize::from(imm_slot)] = None;
-                    if result.is_ok() {
-                        self.send(conn, &Message::Done { push });
-                    }
-                }
-                // The pages are free before anyone is told, so that a caller who waits for the end can grant them.
-                arrival
-                    .pool
-                    .record
-                    .release(arrival.grant.pages(), arrival.grant.heads());
-                arrival
-                    .shared
-                    .signal
-                    .update(|state| state.end = Some(result));
             }
         }
+    }
+
+    /// Nothing of an arrival can land any more: its pages are released and its end is told.
+    pub(super) fn finish_arrival(&mut self, slot: u32, result: Result<(), ArrivalError>) {
+        let Some(arrival) = self.arrivals.remove(&slot) else {
+            return;
+        };
+        if arrival.opened.is_some() {
+            self.count_arrival(result.is_ok());
+        }
+        if let Some((conn, push, imm_slot)) = arrival.opened
+            && let Some(session) = self.sessions.get_mut(&conn)
+        {
+            session.slots[usize::from(imm_slot)] = None;
+            if result.is_ok() {
+                self.send(conn, &Message::Done { push });
+            }
+        }
+        // The pages are free before anyone is told, so that a caller who waits for the end can grant them.
+        arrival
+            .pool
+            .record
+            .release(arrival.grant.pages(), arrival.grant.heads());
+        arrival
+            .shared
+            .signal
+            .update(|state| state.end = Some(result));
     }
 
     /// The lanes of a session are gone: nothing of its grants can land any more. Unless they could not be fenced: then
@@ -445,6 +529,19 @@ impl Core {
                 continue;
             };
             let Some(source) = unfenced else {
+                // The windows went with the lanes.
+                if let Some(windows) = arrival.windows.take() {
+                    windows.give_back(&mut self.rails);
+                    if !windows.is_told() && !windows.is_ending() {
+                        // It was being opened; another writer may.
+                        arrival.opened = None;
+                        continue;
+                    }
+                    if let Some(result) = windows.into_end() {
+                        self.finish_arrival(*slot, result);
+                        continue;
+                    }
+                }
                 let action = arrival
                     .machine
                     .unreachable(ArrivalError::Peer(error.clone()));

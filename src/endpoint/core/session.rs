@@ -4,7 +4,7 @@
 //! says what it has, and the dialler offers again over the same connection.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::SocketAddr,
 };
 
@@ -21,6 +21,9 @@ use crate::{
     protocol::{LaneLedger, ReceiveCredits, SendCredits},
     wire::Incarnation,
 };
+
+/// Operations on windows that one lane of the accepting side may have on its send queue.
+const WINDOW_DEPTH: u32 = 64;
 
 /// Who dialled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +65,11 @@ pub(super) struct Session {
     pub(super) next_lane: usize,
     /// Acceptor: the grant slot behind each slot of an immediate.
     pub(super) slots: Vec<Option<u32>>,
+    /// Acceptor: pushes whose windows were taken back while their writer was silent, and their slots of the immediate,
+    /// which stay taken until the writer says that it has stopped: immediates of it may still be on their way.
+    pub(super) shut: BTreeMap<u64, u16>,
+    /// Acceptor: grant slots that wait for slots of a send queue, for their windows.
+    pub(super) waiting: Vec<u32>,
     /// Acceptor: where the search for a free slot begins, so that slots are reused as late as possible.
     pub(super) next_slot: usize,
 }
@@ -82,6 +90,8 @@ impl Session {
             remote_pools: RemotePools::default(),
             next_lane: 0,
             slots: Vec::new(),
+            shut: BTreeMap::new(),
+            waiting: Vec::new(),
             next_slot: 0,
         }
     }
@@ -234,6 +244,10 @@ impl Core {
         let (config, caps) = (&self.config, &self.rails[rail].device.info().caps);
         let (send_depth, receive_depth) = match role {
             Role::Dialler => (config.send_depth.min(caps.max_send_depth), 0),
+            Role::Acceptor if self.has_windows(rail) => (
+                WINDOW_DEPTH.min(caps.max_send_depth),
+                config.receive_depth.min(caps.max_receive_depth),
+            ),
             Role::Acceptor => (1, config.receive_depth.min(caps.max_receive_depth)),
         };
         LaneConfig {

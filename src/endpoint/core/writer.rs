@@ -5,8 +5,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use super::{
     Core,
     pump::{Current, Task},
-    remote::{RemotePool, Target, prepare},
-    session::{Phase, Session},
+    remote::{LaneTargets, RemotePool, Target, prepare},
+    session::{Lane, Phase, Session},
     timers::Timer,
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::{FabricError, FabricKind, LocalKey, RemoteKey},
+    fabric::{FabricError, FabricKind, LaneId, LocalKey, RemoteKey},
     kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
@@ -44,6 +44,8 @@ pub(crate) struct PushEntry {
     /// The lane of each part, once it has one.
     pub(super) lane_of: Vec<Option<u16>>,
     pub(super) tail_targets: HashMap<u8, Target>,
+    /// If the reader has given windows, they are all there is; by our rail and lane.
+    pub(super) windows: Option<HashMap<(usize, LaneId), LaneTargets>>,
     tail_bytes: u32,
     opened: Time,
 }
@@ -73,19 +75,25 @@ impl PushEntry {
             remaining: Vec::new(),
             lane_of: Vec::new(),
             tail_targets: HashMap::new(),
+            windows: None,
             tail_bytes: 0,
             opened: Time(0),
         }
     }
 
-    /// The peer's regions through its rail `rail`.
-    pub(super) fn targets(&self, rail: u8) -> Option<&Arc<[Target]>> {
-        self.remote.as_ref()?.targets.get(&rail)
+    /// The peer's regions through `lane`.
+    pub(super) fn targets(&self, lane: &Lane) -> Option<&Arc<[Target]>> {
+        match &self.windows {
+            Some(windows) => Some(&windows.get(&(lane.rail, lane.id))?.regions),
+            None => self.remote.as_ref()?.targets.get(&lane.remote_rail),
+        }
     }
 
     /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
     pub(super) fn is_cut(&self) -> bool {
-        self.source.record.is_cut || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
+        self.windows.is_some()
+            || self.source.record.is_cut
+            || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
     }
 
     /// The immediate of `part`.
@@ -100,13 +108,13 @@ impl PushEntry {
     }
 
     /// The tail's gather element and target.
-    pub(super) fn tail(
-        &self,
-        rail: usize,
-        remote_rail: u8,
-    ) -> Option<(u64, LocalKey, u32, (u64, RemoteKey))> {
-        let target = self.tail_targets.get(&remote_rail)?.first();
-        let (address, key) = self.tail_slot.local(rail)?;
+    pub(super) fn tail(&self, lane: &Lane) -> Option<(u64, LocalKey, u32, (u64, RemoteKey))> {
+        let target = match &self.windows {
+            Some(windows) => &windows.get(&(lane.rail, lane.id))?.tail,
+            None => self.tail_targets.get(&lane.remote_rail)?,
+        };
+        let target = target.first();
+        let (address, key) = self.tail_slot.local(lane.rail)?;
         Some((address, key, self.tail_bytes, target))
     }
 }

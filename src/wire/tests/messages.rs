@@ -156,6 +156,7 @@ fn accept_size(pool: PoolDescriptor) -> usize {
             keys: Vec::new(),
             capacity: 5,
         },
+        windows: None,
         pool: Some(pool),
     }));
     let bytes = message.encode().unwrap();
@@ -216,6 +217,7 @@ fn a_layer_run_cannot_exceed_the_announced_layers() {
             keys: Vec::new(),
             capacity: 0,
         },
+        windows: None,
         pool: None,
     }))
     .encode()
