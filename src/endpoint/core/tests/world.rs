@@ -126,7 +126,12 @@ impl World {
 
     /// One node with so many rails for each element of `rails`.
     pub(super) fn with_rails(seed: u64, rails: &[usize], config: &Config) -> Self {
-        let net = SimNet::new(SimConfig::seeded(seed));
+        let mut settings = SimConfig::seeded(seed);
+        if let (0, Some(windows)) = (seed % 4, &mut settings.caps.windows) {
+            // So few that grants go without.
+            windows.max = 20;
+        }
+        let net = SimNet::new(settings);
         let nodes = rails
             .iter()
             .enumerate()
@@ -145,6 +150,14 @@ impl World {
             accepted: 0,
             tamper: None,
         }
+    }
+
+    /// Memory windows that there are, on any device.
+    pub(super) fn windows(&self) -> u32 {
+        let devices = self.nodes.iter().flat_map(|node| &node.shared.devices);
+        devices
+            .map(|device| self.net.windows(&device.info().name))
+            .sum()
     }
 
     /// Gives `bytes` to `node` at its next step, as if the peer at the other end of `conn` had sent them.
