@@ -42,6 +42,20 @@ pub enum Protection {
     Window,
 }
 
+/// What the writer of a grant has been given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrantKeys {
+    /// The keys of regions: it can reach all of the pool.
+    Region,
+    /// Windows of its own.
+    Windows {
+        /// How many, over all lanes, those of the tail included.
+        count: u32,
+        /// Whether they hold the granted pages only; if not, they reach from the first page in a region to the last.
+        exact: bool,
+    },
+}
+
 /// An endpoint's settings.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {

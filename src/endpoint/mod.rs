@@ -36,7 +36,7 @@ use parking_lot::Mutex;
 pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
-    config::{Polling, Protection},
+    config::{GrantKeys, Polling, Protection},
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
     error::{

@@ -14,8 +14,8 @@ use crossbeam::channel::Sender;
 use parking_lot::Mutex;
 
 use super::{
-    AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
-    PushReport,
+    AccessError, ArrivalError, EndpointError, FlushError, GrantKeys, IssueError, PeerError,
+    PushError, PushReport,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
@@ -375,6 +375,7 @@ pub(crate) struct ArrivalState {
     layers: Vec<u64>,
     pub(crate) complete_layers: u32,
     pub(crate) tail: Option<Bytes>,
+    pub(crate) keys: Option<GrantKeys>,
     pub(crate) end: Option<Result<(), ArrivalError>>,
 }
 
@@ -392,6 +393,7 @@ impl ArrivalShared {
                 layers,
                 complete_layers: 0,
                 tail: None,
+                keys: None,
                 end: None,
             }),
         }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     endpoint::regions::Region,
     endpoint::{
-        ArrivalError, PeerError,
+        ArrivalError, GrantKeys, PeerError,
         control::ConnId,
         shared::{ArrivalShared, PoolHandle, TailSlot},
     },
@@ -243,6 +243,14 @@ impl Core {
             self.send(conn, &Message::Refuse(refuse));
             return;
         };
+        let keys = match (&windows, &arrival.windows) {
+            (Some(_), Some(windows)) => windows.summary(),
+            _ => GrantKeys::Region,
+        };
+        arrival
+            .shared
+            .signal
+            .update(|state| state.keys = Some(keys));
         let rails = match windows {
             None => session.rails(),
             Some(_) => Vec::new(),

@@ -68,8 +68,8 @@ pub(super) struct Session {
     /// Acceptor: pushes whose windows were taken back while their writer was silent, and their slots of the immediate,
     /// which stay taken until the writer says that it has stopped: immediates of it may still be on their way.
     pub(super) shut: BTreeMap<u64, u16>,
-    /// Acceptor: grant slots that wait for slots of a send queue, for their windows.
-    pub(super) waiting: Vec<u32>,
+    /// Acceptor: for each lane, the grant slots that wait for slots of its send queue, for their windows.
+    pub(super) waiting: Vec<VecDeque<u32>>,
     /// Acceptor: where the search for a free slot begins, so that slots are reused as late as possible.
     pub(super) next_slot: usize,
 }

@@ -8,4 +8,5 @@ mod limits;
 mod liveness;
 mod schedules;
 mod unfenced;
+mod windows;
 mod world;

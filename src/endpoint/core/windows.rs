@@ -9,6 +9,8 @@
 //! counted when they are planned, so that two grants never want the last one; `outstanding` is the number of
 //! operations posted and not completed; nothing here waits.
 
+use std::collections::VecDeque;
+
 use super::{
     Core, Rail,
     session::{Lane, Session},
@@ -16,8 +18,8 @@ use super::{
 };
 use crate::{
     endpoint::{
-        ArrivalError, PeerError, config::Protection, control::ConnId, shared::PoolRecord,
-        shared::TailSlot,
+        ArrivalError, GrantKeys, PeerError, config::Protection, control::ConnId,
+        shared::PoolRecord, shared::TailSlot,
     },
     fabric::{Access, FabricError, MrId, RemoteKey, Window, WindowBind},
     kv::{self, cover},
@@ -55,7 +57,7 @@ enum Then {
 pub(super) struct Windows {
     ranges: Vec<WindowRange>,
     /// Whether they hold the granted pages only.
-    pub(super) exact: bool,
+    exact: bool,
     want_pool: bool,
     lanes: Vec<OfLane>,
     outstanding: u32,
@@ -72,6 +74,8 @@ struct OfLane {
     windows: Vec<Item>,
     /// The next to bind, or to take back.
     next: usize,
+    /// Whether it is in the session's line for the lane.
+    waits: bool,
 }
 
 struct Item {
@@ -123,6 +127,7 @@ impl Windows {
                 rail: lane.rail,
                 windows,
                 next: 0,
+                waits: false,
             })
         };
         let lanes = lanes.iter().enumerate().map(of_lane);
@@ -192,6 +197,15 @@ impl Windows {
             self.fence_at = fence_at;
         }
         self.then = then;
+    }
+
+    /// For the reader's caller.
+    pub(super) fn summary(&self) -> GrantKeys {
+        let count: usize = self.lanes.iter().map(|lane| lane.windows.len()).sum();
+        GrantKeys::Windows {
+            count: u32::try_from(count).unwrap_or(u32::MAX),
+            exact: self.exact,
+        }
     }
 
     /// What the writer is told. All are bound by then.
@@ -393,7 +407,6 @@ impl Core {
         if let Some(lane) = session.lanes.get_mut(lane) {
             lane.send.retire(1);
         }
-        let waiting = std::mem::take(&mut session.waiting);
         if let Some(windows) = self
             .arrivals
             .get_mut(&slot)
@@ -401,11 +414,35 @@ impl Core {
         {
             windows.outstanding = windows.outstanding.saturating_sub(1);
         }
-        self.drive_windows(slot);
-        // Those that found no slot find one now, or wait again.
-        for other in waiting.into_iter().filter(|&other| other != slot) {
-            self.drive_windows(other);
+        // Those that have waited longest come first.
+        while self.has_room(conn, lane) {
+            let session = self.sessions.get_mut(&conn);
+            let waiting = session.and_then(|session| session.waiting.get_mut(lane));
+            let Some(next) = waiting.and_then(VecDeque::pop_front) else {
+                break;
+            };
+            let arrival = self.arrivals.get_mut(&next);
+            let windows = arrival.and_then(|arrival| arrival.windows.as_mut());
+            let of_lane = windows.and_then(|windows| windows.lanes.get_mut(lane));
+            if let Some(of_lane) = of_lane {
+                of_lane.waits = false;
+                self.drive_windows(next);
+            }
         }
+        self.drive_windows(slot);
+    }
+
+    /// Whether the send queue of a lane has a slot.
+    fn has_room(&mut self, conn: ConnId, lane: usize) -> bool {
+        let session = self.sessions.get_mut(&conn);
+        let lane = session.and_then(|session| session.lanes.get_mut(lane));
+        lane.is_some_and(|lane| {
+            let room = lane.send.take(1, 0);
+            if room {
+                lane.send.retire(1);
+            }
+            room
+        })
     }
 
     /// Takes the windows of an arrival back before it ends with `result`. Gives the result back if there are none.
@@ -495,6 +532,18 @@ impl Core {
     }
 }
 
+/// Has an arrival wait for slots of the send queue of a lane, once.
+fn wait(of_lane: &mut OfLane, waiting: &mut Vec<VecDeque<u32>>, slot: u32) {
+    if of_lane.waits {
+        return;
+    }
+    of_lane.waits = true;
+    if waiting.len() <= of_lane.lane {
+        waiting.resize_with(of_lane.lane + 1, VecDeque::new);
+    }
+    waiting[of_lane.lane].push_back(slot);
+}
+
 fn post_bindings(
     windows: &mut Windows,
     session: &mut Session,
@@ -507,7 +556,7 @@ fn post_bindings(
         };
         while let Some(item) = of_lane.windows.get_mut(of_lane.next) {
             if !lane.send.take(1, 0) {
-                session.waiting.push(slot);
+                wait(of_lane, &mut session.waiting, slot);
                 break;
             }
             let bind = WindowBind {
@@ -547,7 +596,7 @@ fn post_returns(
         while let Some(item) = of_lane.windows.get_mut(of_lane.next) {
             if let Some(window) = item.window {
                 if !lane.send.take(1, 0) {
-                    session.waiting.push(slot);
+                    wait(of_lane, &mut session.waiting, slot);
                     break;
                 }
                 let context = &mut rails[of_lane.rail].context;
