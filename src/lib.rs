@@ -123,9 +123,13 @@ pub use wire::{
     RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,
 };
 
-/// The raw verbs binding, reachable only by the oracle that checks it against the system's own headers.
+/// The raw bindings, reachable only by the crates that check them against those of others.
 #[cfg(feature = "oracle")]
 #[doc(hidden)]
 pub mod oracle {
     pub use crate::fabric::verbs::sys::*;
+
+    pub mod gpu {
+        pub use crate::memory::gpu::sys::{cuda, hip, hsa};
+    }
 }

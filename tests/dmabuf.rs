@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use kvpush::{
     Endpoint, Grant, Pool,
+    endpoint::{EndpointError, MemoryPath},
     kv::{
         Dtype, HeadRange, KvLayout,
         presets::{Arrangement, HeadOrder, KvShape, Stacking},
@@ -262,6 +263,49 @@ cases!(tcp:
     udmabufs Udmabuf #[ignore = "needs /dev/udmabuf: cargo xtask rxe --dmabuf"],
     heap_buffers Heap #[ignore = "needs /dev/dma_heap: cargo xtask rxe --dmabuf"],
 );
+
+/// Soft-RoCE registers no dmabuf, and a mapping of one has no pages to pin. What is next in line takes over, and each
+/// better path has left its reason; where nothing is left, the error has all of them.
+#[test]
+#[ignore = "needs an RDMA device and /dev/udmabuf: cargo xtask rxe --dmabuf"]
+fn verbs_goes_on_to_the_next_path_and_says_why() {
+    let fabric = Fabric::verbs();
+    let endpoint = fabric.endpoint("refused");
+    let has_dmabufs = endpoint.rails().any(|rail| rail.caps.dmabuf);
+    assert!(
+        !has_dmabufs,
+        "this device takes dmabufs: another test is wanted for it"
+    );
+    for exporter in [Exporter::Udmabuf, Exporter::Heap] {
+        let memory = exporter.buffer(64 << 10).whole;
+        let registered = endpoint.register(Arc::new(memory), kvpush::fabric::Access::ALL);
+        let refused = match registered {
+            Ok(region) => {
+                let paths = region.paths();
+                assert!(!paths.rails.is_empty());
+                for rail in &paths.rails {
+                    assert_eq!(rail.path, MemoryPath::Staged, "{rail:?}");
+                    assert_eq!(rail.extents, 0);
+                }
+                paths.rails[0].refused.clone()
+            }
+            Err(EndpointError::Unreachable { refused, .. }) => refused,
+            Err(error) => panic!("{exporter:?}: {error}"),
+        };
+        let reason = |path| {
+            let found = refused.iter().find(|refusal| refusal.path == path);
+            found
+                .map(|refusal| refusal.reason.as_str())
+                .unwrap_or_default()
+        };
+        println!("{exporter:?}: {refused:?}");
+        assert!(!reason(MemoryPath::Dmabuf).is_empty(), "{refused:?}");
+        assert!(
+            reason(MemoryPath::PeerMemory).contains("no pages"),
+            "{refused:?}"
+        );
+    }
+}
 
 #[test]
 #[ignore = "needs /dev/udmabuf: cargo xtask rxe --dmabuf"]

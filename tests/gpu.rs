@@ -13,5 +13,9 @@ mod export;
 mod flush;
 #[path = "gpu_suite/memory.rs"]
 mod memory;
+#[path = "gpu_suite/push.rs"]
+mod push;
+#[path = "gpu_suite/real.rs"]
+mod real;
 #[path = "gpu_suite/report.rs"]
 mod report;

@@ -56,8 +56,8 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Be the prefill side: push to a server and report
     Push(Box<PushArgs>),
-    /// List the RDMA devices of this host: ports, GIDs, MTU, limits
-    Devices(HostArgs),
+    /// List the RDMA devices and GPUs of this host: ports, GIDs, MTU, limits, dmabufs, what is near to what
+    Devices(DevicesArgs),
     /// Say what is wrong with this host for RDMA, and how to mend it
     Doctor(HostArgs),
     /// The decode side of a run on one machine; started by the tool itself
@@ -111,6 +111,15 @@ pub(crate) struct DecodeArgs {
     pub(crate) fabric: FabricArgs,
     #[command(flatten)]
     pub(crate) memory: MemoryArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    /// Read the topology from this tree, such as one recorded on another host
+    #[arg(long, value_name = "DIRECTORY", default_value = "/sys")]
+    pub(crate) sysfs: PathBuf,
 }
 
 #[derive(Debug, Args)]

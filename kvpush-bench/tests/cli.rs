@@ -10,5 +10,7 @@ mod faults;
 mod host;
 #[path = "cli/runs.rs"]
 mod runs;
+#[path = "../../src/topology/testing.rs"]
+mod sysfs;
 #[path = "cli/tool.rs"]
 mod tool;

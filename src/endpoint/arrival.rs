@@ -13,6 +13,7 @@ use super::{
     ArrivalError, GrantKeys,
     core::Command,
     shared::{ArrivalShared, ArrivalState, EndpointShared},
+    telemetry::Event,
 };
 use crate::wire::Grant;
 
@@ -66,6 +67,11 @@ impl Arrival {
     /// What its writer has been given; nothing while no writer has opened it.
     pub fn keys(&self) -> Option<GrantKeys> {
         self.shared.signal.look(|state| state.keys)
+    }
+
+    /// What led to its end, if that was not a good one: the last changes of state of its session, oldest first.
+    pub fn trace(&self) -> &[Event] {
+        self.shared.trace.get().map_or(&[], |trace| trace)
     }
 
     /// Layers of which all pages have arrived.

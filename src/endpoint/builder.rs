@@ -3,14 +3,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64},
     },
     time::Duration,
 };
 
 use super::{
-    Endpoint, EndpointError, Owner, Polling, Protection,
+    Endpoint, EndpointError, Owner, Polling, Protection, RailChoice,
     config::{Config, Keepalive},
     core::Core,
     drain::DrainShared,
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     fabric::{Access, Device, FabricKind, verbs::VerbsConfig},
     memory::{HostMemory, Memory},
+    topology::Topology,
     wire::{Auth, Incarnation, MAX_LANES},
 };
 
@@ -36,6 +37,7 @@ const COMPLETIONS: u32 = 1 << 16;
 pub struct Builder {
     config: Config,
     devices: Vec<Arc<dyn Device>>,
+    topology: OnceLock<Topology>,
 }
 
 impl Builder {
@@ -43,6 +45,7 @@ impl Builder {
         Self {
             config: Config::default(),
             devices: Vec::new(),
+            topology: OnceLock::new(),
         }
     }
 
@@ -164,6 +167,13 @@ impl Builder {
         self
     }
 
+    /// Time for which a session goes on although none of its lanes works, while they are made again. Then it ends, and
+    /// its pushes and arrivals with it. Default 10 s.
+    pub fn recovery_timeout(mut self, timeout: Duration) -> Self {
+        self.config.recovery_timeout = timeout;
+        self
+    }
+
     /// A peer from which nothing has come for `interval` is asked whether it is there; one that is silent for `timeout`
     /// is given up: its lanes are fenced, and its pushes and arrivals end with [`PeerError::Silent`]. Any message counts
     /// as an answer. Default 5 s and 15 s.
@@ -178,6 +188,27 @@ impl Builder {
     /// session with a peer that has vanished stays.
     pub fn no_keepalive(mut self) -> Self {
         self.config.keepalive = None;
+        self
+    }
+
+    /// Which rails the pages of a pool go through; [`super::PoolOptions::rails`] overrides it for one. Default
+    /// [`RailChoice::Nearest`].
+    pub fn rails(mut self, rails: RailChoice) -> Self {
+        self.config.rails = rails;
+        self
+    }
+
+    /// What this host is like, where its own `/sys` does not say, as in some containers; see
+    /// [`Topology::read`](crate::topology::Topology::read).
+    pub fn topology(mut self, topology: Topology) -> Self {
+        self.topology = OnceLock::from(topology);
+        self
+    }
+
+    /// Most peers that metrics and [`Endpoint::stats`] tell apart by name; further ones are counted together as `others`.
+    /// 0 counts all together. Default 256.
+    pub fn metric_peers(mut self, peers: usize) -> Self {
+        self.config.metric_peers = peers;
         self
     }
 
@@ -245,6 +276,7 @@ impl Builder {
         let Self {
             mut config,
             devices: given,
+            topology,
         } = self;
         check(&config)?;
         let auth = config.auth.take().ok_or(EndpointError::NoAuth)?;
@@ -276,25 +308,33 @@ impl Builder {
         };
         let (commands, inbox) = crossbeam::channel::unbounded();
         let config = Arc::new(config);
+        let (control, events) = driver::start_control(listener, auth, wake.clone())
+            .map_err(io("control thread for"))?;
+        let control = Box::new(ControlAdapter(control));
+        let core = Core::new(
+            Arc::clone(&config),
+            incarnation,
+            contexts,
+            control,
+            Arc::clone(&tails),
+        );
         let shared = Arc::new(EndpointShared {
             config: Arc::clone(&config),
             incarnation,
             addresses,
             devices,
-            tails: Arc::clone(&tails),
+            topology,
+            tails,
             registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
+            telemetry: core.telemetry(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
             commands,
             wake: wake.clone(),
         });
-        let (control, events) = driver::start_control(listener, auth, wake.clone())
-            .map_err(io("control thread for"))?;
-        let control = Box::new(ControlAdapter(control));
-        let core = Core::new(Arc::clone(&config), incarnation, contexts, control, tails);
         let driver = Driver::new(core, inbox, events, wake, config.polling);
         let closed = Arc::clone(&shared);
         let driver = driver.start(move || closed.closed.load(std::sync::atomic::Ordering::Acquire));

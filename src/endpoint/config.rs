@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::regions::Policy;
+use super::{RailChoice, regions::Policy};
 use crate::{
     fabric::{FabricKind, verbs::VerbsConfig},
     wire::Auth,
@@ -77,7 +77,10 @@ pub(crate) struct Config {
     pub(crate) open_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) revoke_grace: Duration,
+    pub(crate) recovery_timeout: Duration,
     pub(crate) keepalive: Option<Keepalive>,
+    pub(crate) rails: RailChoice,
+    pub(crate) metric_peers: usize,
     pub(crate) policy: Policy,
     pub(crate) flush: bool,
     pub(crate) protection: Protection,
@@ -107,10 +110,13 @@ impl Default for Config {
             open_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
             revoke_grace: Duration::from_millis(500),
+            recovery_timeout: Duration::from_secs(10),
             keepalive: Some(Keepalive {
                 interval: Duration::from_secs(5),
                 timeout: Duration::from_secs(15),
             }),
+            rails: RailChoice::Nearest,
+            metric_peers: 256,
             policy: Policy::default(),
             flush: true,
             protection: Protection::Region,

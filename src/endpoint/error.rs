@@ -274,6 +274,26 @@ pub enum PeerError {
         /// The vendor's code for it.
         vendor_error: u32,
     },
+    /// Its own end of a lane failed.
+    #[error("{peer} lost its end of lane {lane}: {detail}")]
+    LaneLost {
+        /// Its address.
+        peer: String,
+        /// The lane, counted within the session.
+        lane: u16,
+        /// Its words.
+        detail: String,
+    },
+    /// No lane to it worked for too long.
+    #[error("no lane to {peer} has worked for {waited:?}; the last failure: {last}")]
+    NoLane {
+        /// Its address.
+        peer: String,
+        /// How long none worked.
+        waited: Duration,
+        /// How the last of them failed.
+        last: Box<PeerError>,
+    },
     /// The fabric failed below a lane to it.
     #[error("{peer}: {source}")]
     Fabric {
@@ -337,6 +357,8 @@ impl PeerError {
             Self::NoSession { .. }
             | Self::Restarted { .. }
             | Self::Lane { .. }
+            | Self::LaneLost { .. }
+            | Self::NoLane { .. }
             | Self::Silent { .. }
             | Self::Disconnected { .. }
             | Self::Goodbye { .. } => true,
@@ -378,6 +400,19 @@ pub enum PushError {
     /// change. They stay registered.
     #[error("lanes could not be fenced, the source pages must not be used again: {0}")]
     Unfenced(Box<FabricError>),
+    /// No lane joins a rail that the source pool uses with one that the granted pool uses.
+    #[error(
+        "no lane joins the rails of both pools: the source pool uses lanes of [{}], the granted one those whose other \
+         end is [{}] here (hint: PoolOptions::rails, on either side)",
+        ours.join(", "),
+        theirs.join(", ")
+    )]
+    NoLane {
+        /// Rails of this side that the source pool uses.
+        ours: Vec<String>,
+        /// Rails of this side whose lanes lead to rails that the granted pool uses.
+        theirs: Vec<String>,
+    },
     /// The peer is not reachable.
     #[error(transparent)]
     Peer(#[from] PeerError),
@@ -390,7 +425,11 @@ impl PushError {
             Self::Refused { code, .. } => code.is_retryable(),
             Self::Peer(error) => error.is_retryable(),
             Self::Expired | Self::Revoked(_) => true,
-            Self::Input(_) | Self::Mismatch(_) | Self::Cancelled | Self::Unfenced(_) => false,
+            Self::Input(_)
+            | Self::Mismatch(_)
+            | Self::Cancelled
+            | Self::Unfenced(_)
+            | Self::NoLane { .. } => false,
         }
     }
 }

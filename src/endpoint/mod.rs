@@ -10,6 +10,7 @@
 
 mod arrival;
 mod builder;
+mod choice;
 mod config;
 pub(crate) mod control;
 mod core;
@@ -23,6 +24,7 @@ mod rails;
 mod regions;
 mod shared;
 mod signal;
+pub mod telemetry;
 mod wake;
 
 use std::{
@@ -36,6 +38,7 @@ use parking_lot::Mutex;
 pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
+    choice::RailChoice,
     config::{GrantKeys, Polling, Protection},
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
@@ -44,9 +47,10 @@ pub use self::{
         PushInputError,
     },
     export::{LocalRegion, RemoteRegion},
-    pool::{GrantOptions, Pool, PoolInUse},
+    pool::{GrantOptions, Pool, PoolInUse, PoolOptions},
     push::{Push, PushReport},
     regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths},
+    telemetry::{Event, EventKind, FlightRecord, Levels, Outcomes, PeerStats, RailStats, Stats},
 };
 use self::{
     core::{Command, ConnectEntry},
@@ -143,6 +147,17 @@ impl Endpoint {
         } else {
             Err(PeerError::Closed)
         }
+    }
+
+    /// What exists and what has happened so far, without a metrics recorder. Waits for nobody; the last word after the
+    /// endpoint has been shut down, too.
+    pub fn stats(&self) -> Stats {
+        self.shared().telemetry.stats()
+    }
+
+    /// The last changes of state of sessions, pushes and arrivals, at most 1024.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.shared().telemetry.recorder.snapshot()
     }
 
     /// Ends all sessions with `peer`, dialled and accepted: its lanes are fenced, and what ran over them ends with

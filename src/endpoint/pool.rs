@@ -5,7 +5,7 @@ use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 use bytes::Bytes;
 
 use super::{
-    Arrival, Endpoint, EndpointError, FlushError, IssueError,
+    Arrival, Endpoint, EndpointError, FlushError, IssueError, RailChoice, choice,
     core::{ArrivalEntry, Command},
     regions::{Exports, Region, RegionPaths},
     shared::{ArrivalShared, EndpointShared, PoolHandle, PoolRecord},
@@ -15,6 +15,7 @@ use crate::{
     kv::{HeadRange, KvLayout, PlaneRole, pages},
     memory::Memory,
     protocol::Blocks,
+    topology::Topology,
     wire::{Grant, GrantFields, PoolId, random_nonce},
 };
 
@@ -28,6 +29,22 @@ const MAX_POOL_EXTENTS: usize = 1 << 16;
 #[derive(Clone, Debug)]
 pub struct Pool {
     pub(super) handle: Arc<PoolHandle>,
+}
+
+/// How a pool is registered, beyond its layout and memory.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct PoolOptions {
+    /// Which rails its pages go through, instead of [`super::Builder::rails`].
+    pub rails: Option<RailChoice>,
+}
+
+impl PoolOptions {
+    /// Uses `rails`.
+    pub fn rails(mut self, rails: RailChoice) -> Self {
+        self.rails = Some(rails);
+        self
+    }
 }
 
 /// What a grant is for, beyond its pages.
@@ -79,7 +96,21 @@ impl Endpoint {
         layout: KvLayout,
         memory: Vec<Arc<dyn Memory>>,
     ) -> Result<Pool, EndpointError> {
-        self.shared().register_pool(layout, memory)
+        self.register_pool_with(layout, memory, PoolOptions::default())
+    }
+
+    /// Like [`Endpoint::register_pool`], with all options.
+    ///
+    /// # Errors
+    ///
+    /// As there, or a rail is named that does not exist ([`EndpointError::Setting`]).
+    pub fn register_pool_with(
+        &self,
+        layout: KvLayout,
+        memory: Vec<Arc<dyn Memory>>,
+        options: PoolOptions,
+    ) -> Result<Pool, EndpointError> {
+        self.shared().register_pool(layout, memory, options)
     }
 }
 
@@ -88,10 +119,17 @@ impl EndpointShared {
         self: &Arc<Self>,
         layout: KvLayout,
         memory: Vec<Arc<dyn Memory>>,
+        options: PoolOptions,
     ) -> Result<Pool, EndpointError> {
         let lengths: Vec<u64> = memory.iter().map(|memory| memory.length()).collect();
         layout.validate(&lengths)?;
         let shared = self;
+        let choice = options.rails.as_ref().unwrap_or(&shared.config.rails);
+        let rails: Vec<_> = shared.devices.iter().map(|device| device.info()).collect();
+        let each = memory.iter().map(|memory| &**memory);
+        let rails = choice::distances(choice, each, &rails, || {
+            shared.topology.get_or_init(Topology::host)
+        })?;
         let mut regions = Vec::with_capacity(memory.len());
         let give_up = |regions: Vec<Region>, error| {
             regions.into_iter().for_each(|region| {
@@ -117,7 +155,7 @@ impl EndpointShared {
             return give_up(regions, error);
         }
         let id = PoolId(shared.next_pool.fetch_add(1, Ordering::Relaxed));
-        let record = Arc::new(PoolRecord::new(id, layout, regions));
+        let record = Arc::new(PoolRecord::new(id, layout, regions, rails));
         if !shared.command(Command::AddPool(Arc::clone(&record))) {
             return Err(EndpointError::Closed);
         }

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     future::poll_fn,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, OnceLock, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -15,6 +15,7 @@ use super::{
     core::{Command, PushEntry},
     shared::{EndpointShared, PushPhase, PushShared},
     signal::Signal,
+    telemetry::Event,
 };
 use crate::{fabric::FabricKind, kv::pages::check_unique, wire::Grant};
 
@@ -117,6 +118,7 @@ impl EndpointShared {
         let state = Arc::new(PushShared {
             signal: Signal::new(PushPhase::Opening),
             open_timeout: timeout,
+            trace: OnceLock::new(),
         });
         let limit = shared.config.max_transfers;
         let tail_slot = shared
@@ -155,6 +157,11 @@ impl EndpointShared {
 }
 
 impl Push {
+    /// What led to its end, if that was not a good one: the last changes of state of its session, oldest first.
+    pub fn trace(&self) -> &[Event] {
+        self.shared.trace.get().map_or(&[], |trace| trace)
+    }
+
     /// The grant.
     pub fn grant(&self) -> &Grant {
         &self.grant

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,17 +16,20 @@ use parking_lot::Mutex;
 use super::{
     AccessError, ArrivalError, EndpointError, FlushError, GrantKeys, IssueError, PeerError,
     PushError, PushReport,
+    choice::RailDistance,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
     regions::{AddressIndex, Entry, Exports, Region, Registry},
     signal::Signal,
+    telemetry::{Event, Telemetry},
     wake::WakeHandle,
 };
 use crate::{
     fabric::{Access, Device, LocalKey, MrId, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::HostMemory,
+    topology::Topology,
     wire::{GrantId, Incarnation, PoolId, TailHeader},
 };
 
@@ -37,10 +40,13 @@ pub(crate) struct EndpointShared {
     pub(crate) incarnation: Incarnation,
     pub(crate) addresses: Vec<String>,
     pub(crate) devices: Vec<Arc<dyn Device>>,
+    /// This host's, read when it is needed first.
+    pub(crate) topology: OnceLock<Topology>,
     pub(crate) tails: Arc<TailArena>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) closed: AtomicBool,
     pub(crate) drain: DrainShared,
+    pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) next_pool: AtomicU32,
     pub(crate) next_export: AtomicU32,
     pub(crate) next_push: AtomicU64,
@@ -83,6 +89,8 @@ pub(crate) struct PoolRecord {
     pub(crate) id: PoolId,
     pub(crate) layout: KvLayout,
     pub(crate) regions: Vec<Region>,
+    /// How far each rail is, in the endpoint's order.
+    pub(crate) rails: Vec<RailDistance>,
     /// Whether some region is cut on some rail, so that writes may have to be.
     pub(crate) is_cut: bool,
     /// Which region holds an address.
@@ -94,7 +102,12 @@ pub(crate) struct PoolRecord {
 }
 
 impl PoolRecord {
-    pub(crate) fn new(id: PoolId, layout: KvLayout, regions: Vec<Region>) -> Self {
+    pub(crate) fn new(
+        id: PoolId,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        rails: Vec<RailDistance>,
+    ) -> Self {
         let pages = layout.pages as usize;
         let entries: Vec<Entry> = (0..)
             .zip(&regions)
@@ -111,8 +124,14 @@ impl PoolRecord {
             index: AddressIndex::new(&entries),
             flushed: flushed(&regions),
             regions,
+            rails,
             reserved: Mutex::new(vec![0; pages]),
         }
+    }
+
+    /// Whether its pages may go through `rail`.
+    pub(crate) fn uses(&self, rail: usize) -> bool {
+        self.rails.get(rail).is_some_and(Option::is_some)
     }
 
     /// Makes what NICs have written visible to kernels that the devices start afterwards.
@@ -383,6 +402,8 @@ pub(crate) struct ArrivalState {
 #[derive(Debug)]
 pub(crate) struct ArrivalShared {
     pub(crate) signal: Signal<ArrivalState>,
+    /// What led to its end, if that was not a good one. Set before the end is.
+    pub(crate) trace: OnceLock<Arc<[Event]>>,
 }
 
 impl ArrivalShared {
@@ -396,7 +417,16 @@ impl ArrivalShared {
                 keys: None,
                 end: None,
             }),
+            trace: OnceLock::new(),
         }
+    }
+
+    /// It is over.
+    pub(crate) fn end(&self, result: Result<(), ArrivalError>, trace: Option<Arc<[Event]>>) {
+        if let Some(trace) = trace {
+            self.trace.get_or_init(|| trace);
+        }
+        self.signal.update(|state| state.end = Some(result));
     }
 }
 
@@ -428,6 +458,19 @@ pub(crate) enum PushPhase {
 pub(crate) struct PushShared {
     pub(crate) signal: Signal<PushPhase>,
     pub(crate) open_timeout: Option<Duration>,
+    /// What led to its end, if that was not a good one. Set before the end is.
+    pub(crate) trace: OnceLock<Arc<[Event]>>,
+}
+
+impl PushShared {
+    /// It is over.
+    pub(crate) fn end(&self, result: Result<PushReport, PushError>, trace: Option<Arc<[Event]>>) {
+        if let Some(trace) = trace {
+            self.trace.get_or_init(|| trace);
+        }
+        self.signal
+            .update(|phase| *phase = PushPhase::Ended(result));
+    }
 }
 
 /// What a caller sees of a session that it wants made.

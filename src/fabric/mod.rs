@@ -32,7 +32,7 @@ pub use caps::{Capabilities, DeviceInfo, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};
 pub use request::{
     Access, Completion, CompletionKind, DmabufRange, LaneConfig, LaneId, LocalKey, MemoryKeys,
-    MrId, Opcode, Sge, Status, WorkRequest,
+    MrId, Opcode, RailEvent, Sge, Status, WorkRequest,
 };
 pub use window::{Window, WindowBind, WindowCaps, WindowId};
 
@@ -187,6 +187,12 @@ pub trait Context: Send {
 
     /// Makes progress and appends at most a bounded number of completions to `out`.
     fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError>;
+
+    /// Appends what the rail has reported of itself since the last call. Events are gathered by [`Context::poll`] and
+    /// [`Context::arm`]; this only hands them out. A fabric without ports reports none.
+    fn events(&mut self, out: &mut Vec<RailEvent>) {
+        let _ = out;
+    }
 
     /// Prepares to sleep on [`Context::wait_fd`]. Returns `false` if completions may already be waiting, in which
     /// case the caller polls again instead.

@@ -195,3 +195,17 @@ pub struct Completion {
     /// The vendor's own error code, 0 on success.
     pub vendor_error: u32,
 }
+
+/// What a rail reports of itself, beside completions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RailEvent {
+    /// The port carries no traffic any more. Lanes may survive a short while of that.
+    PortDown,
+    /// The port carries traffic again.
+    PortActive,
+    /// The port's address (LID or GID) is another: lanes made before may not work any more.
+    AddressChanged,
+    /// A lane has failed, which need not show in a completion: there may be nothing posted to it.
+    LaneFailed(LaneId),
+}

@@ -137,6 +137,12 @@ impl PartMap {
         }
     }
 
+    /// Whether `part` has been counted; `None` if there is no such part.
+    pub(crate) fn has(&self, part: u32) -> Option<bool> {
+        (part < self.blocks.parts())
+            .then(|| self.arrived[(part / 64) as usize] & 1 << (part % 64) != 0)
+    }
+
     /// Whether every part, the tail included, has arrived.
     pub(crate) fn is_complete(&self) -> bool {
         self.missing == 0
@@ -185,6 +191,7 @@ mod tests {
             for index in order {
                 let part = index.index(blocks.parts() as usize) as u32;
                 let fresh = model.insert(part);
+                prop_assert_eq!(map.has(part), Some(!fresh));
                 let outcome = map.arrive(part);
                 prop_assert_eq!(fresh, outcome != PartOutcome::Duplicate);
                 if let PartOutcome::LayerComplete(layer) = outcome {
@@ -201,9 +208,8 @@ mod tests {
         assert!(Blocks::new(1 << 10, 1 << 20, 1 << 10).is_none());
         assert!(Blocks::new(0, 1, 1).is_none());
         assert!(Blocks::new(1, 0, 1).is_none());
-        assert_eq!(
-            PartMap::new(Blocks::new(1, 1, 1).unwrap()).arrive(2),
-            PartOutcome::Unknown
-        );
+        let mut map = PartMap::new(Blocks::new(1, 1, 1).unwrap());
+        assert_eq!((map.has(1), map.has(2)), (Some(false), None));
+        assert_eq!(map.arrive(2), PartOutcome::Unknown);
     }
 }

@@ -125,14 +125,21 @@ impl<F> PushMachine<F> {
         false
     }
 
-    /// The caller handed over one more piece of work.
+    /// The caller handed over one more piece of work, or one that was posted may have to be posted again. The latter is
+    /// said before its requests are [retired](PushMachine::retired), so that the push does not end in between.
     pub(crate) fn queue(&mut self) {
         self.queued += 1;
     }
 
-    /// One piece of work has been wholly posted, or dropped.
+    /// One piece of work has been wholly posted.
     pub(crate) fn dequeue(&mut self) {
         self.queued = self.queued.saturating_sub(1);
+    }
+
+    /// One piece of work need not be posted (again): the peer has it.
+    pub(crate) fn not_needed(&mut self) -> PushAction<F> {
+        self.dequeue();
+        self.settle()
     }
 
     /// `requests` have been posted.

@@ -17,7 +17,7 @@ pub(crate) fn random_nonce() -> std::io::Result<Nonce> {
 
 /// One start of an endpoint, drawn at random. A peer that restarted has another incarnation, and every right issued
 /// before is refused.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Incarnation(pub(crate) [u8; 16]);
 
 impl Incarnation {

@@ -11,17 +11,19 @@ pub(crate) const MAX_NAME: usize = 255;
 pub(crate) const MAX_RAIL_ADDRESS: usize = 128;
 /// Most lanes of a session.
 pub(crate) const MAX_LANES: usize = 64;
+/// Most parts that a failed lane may have left unacknowledged: the deepest send queue there is.
+pub(crate) const MAX_UNACKNOWLEDGED: usize = 1 << 15;
 /// Most bytes of an explanation; longer ones are cut.
 pub(crate) const MAX_DETAIL: usize = 512;
 
 /// An enumeration with a number for each value.
 macro_rules! codes {
-    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $value:ident = $number:literal => $text:literal,)* }) => {
+    ($(#[$meta:meta])* $vis:vis $name:ident { $($(#[$doc:meta])* $value:ident = $number:literal => $text:literal,)* }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u16)]
         #[non_exhaustive]
-        pub enum $name { $($(#[$doc])* $value = $number,)* }
+        $vis enum $name { $($(#[$doc])* $value = $number,)* }
 
         impl $name {
             #[cfg(test)]
@@ -46,7 +48,7 @@ macro_rules! codes {
 
 codes! {
     /// Why a reader did not open a session.
-    RejectCode {
+    pub RejectCode {
         /// No kind of fabric is common to both.
         NoCommonFabric = 1 => "no fabric in common",
         /// The lanes could not be set up.
@@ -64,7 +66,7 @@ codes! {
 
 codes! {
     /// Why a reader refused a grant or region token.
-    RefuseCode {
+    pub RefuseCode {
         /// No such grant or region, or the secret is wrong.
         UnknownGrant = 1 => "unknown",
         /// The slot has been used again since.
@@ -97,7 +99,7 @@ impl RefuseCode {
 
 codes! {
     /// Why a reader took a grant back.
-    RevokeReason {
+    pub RevokeReason {
         /// The user asked for it.
         Requested = 1 => "revoked by the reader",
         /// Its deadline passed.
@@ -111,7 +113,7 @@ codes! {
 
 codes! {
     /// Why a peer ends a session.
-    GoodbyeCode {
+    pub GoodbyeCode {
         /// The endpoint was closed.
         Shutdown = 1 => "endpoint closed",
         /// The other side broke the protocol.
@@ -120,6 +122,16 @@ codes! {
         Timeout = 3 => "peer silent",
         /// Anything else; see the text.
         Error = 4 => "error",
+    }
+}
+
+codes! {
+    /// Why a reader did not make a lane again.
+    pub(crate) LaneRefusal {
+        /// No rail of the reader can carry it now.
+        NoRail = 1 => "no rail",
+        /// It could not be set up.
+        Setup = 2 => "could not be set up",
     }
 }
 
@@ -155,6 +167,18 @@ pub(crate) enum Message {
     RegionAccept(RegionAccept),
     /// Reader: no access.
     RegionRefuse(RegionRefuse),
+    /// Reader: its end of a lane has failed, or should be made again.
+    LaneLost(LaneLost),
+    /// Writer: its end of a lane is gone for good; asks which parts have been counted.
+    LaneDown(LaneDown),
+    /// Reader: its end is gone too, so nothing of the lane can land any more; and the answer.
+    LaneFenced(LaneFenced),
+    /// Writer: offers a new end for a lane that is gone on both sides.
+    LaneRenew(LaneRenew),
+    /// Reader: the lane is connected again.
+    LaneRenewed(LaneRenewed),
+    /// Reader: not now.
+    LaneRefused(LaneRefused),
     /// Either: are you there?
     Ping { nonce: u64 },
     /// Either: yes; the nonce of the ping.
@@ -210,6 +234,8 @@ pub(crate) struct HelloAck {
 pub(crate) struct LaneAnswer {
     /// The reader's rail.
     pub(crate) rail: u8,
+    /// Its bits per second, 0 if unknown.
+    pub(crate) speed_bits: u64,
     pub(crate) address: LaneAddress,
 }
 
@@ -266,6 +292,7 @@ pub(crate) struct Refuse {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Credits {
     pub(crate) lane: u16,
+    pub(crate) epoch: u32,
     pub(crate) total: u64,
 }
 
@@ -321,6 +348,62 @@ pub(crate) struct RegionAccept {
 pub(crate) struct RegionRefuse {
     pub(crate) request: u64,
     pub(crate) code: RefuseCode,
+    pub(crate) detail: String,
+}
+
+/// `lane` counts the lanes of the offer from 0; `epoch` counts how often it has been offered again since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LaneLost {
+    pub(crate) lane: u16,
+    pub(crate) epoch: u32,
+    pub(crate) detail: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LaneDown {
+    pub(crate) lane: u16,
+    pub(crate) epoch: u32,
+    /// Push and part of each immediate that was posted and not acknowledged, oldest first.
+    pub(crate) unacknowledged: Vec<(u64, u32)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LaneFenced {
+    pub(crate) lane: u16,
+    pub(crate) epoch: u32,
+    /// For each of `LaneDown::unacknowledged`: whether it must not be sent again.
+    pub(crate) counted: Vec<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LaneRenew {
+    pub(crate) lane: u16,
+    pub(crate) epoch: u32,
+    /// The writer's rail.
+    pub(crate) rail: u8,
+    /// The reader's rail that the lane belongs to.
+    pub(crate) remote_rail: u8,
+    pub(crate) address: LaneAddress,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LaneRenewed {
+    pub(crate) lane: u16,
+    pub(crate) epoch: u32,
+    /// The reader's rail.
+    pub(crate) rail: u8,
+    /// Its bits per second, 0 if unknown.
+    pub(crate) speed_bits: u64,
+    pub(crate) address: LaneAddress,
+    /// Receives posted.
+    pub(crate) receives: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LaneRefused {
+    pub(crate) lane: u16,
+    pub(crate) epoch: u32,
+    pub(crate) code: LaneRefusal,
     pub(crate) detail: String,
 }
 

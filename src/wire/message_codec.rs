@@ -26,6 +26,12 @@ mod tag {
     pub(super) const PING: u8 = 15;
     pub(super) const PONG: u8 = 16;
     pub(super) const GOODBYE: u8 = 17;
+    pub(super) const LANE_LOST: u8 = 18;
+    pub(super) const LANE_DOWN: u8 = 19;
+    pub(super) const LANE_FENCED: u8 = 20;
+    pub(super) const LANE_RENEW: u8 = 21;
+    pub(super) const LANE_RENEWED: u8 = 22;
+    pub(super) const LANE_REFUSED: u8 = 23;
 }
 
 impl Message {
@@ -46,6 +52,12 @@ impl Message {
             Self::OpenRegion(_) => "OpenRegion",
             Self::RegionAccept(_) => "RegionAccept",
             Self::RegionRefuse(_) => "RegionRefuse",
+            Self::LaneLost(_) => "LaneLost",
+            Self::LaneDown(_) => "LaneDown",
+            Self::LaneFenced(_) => "LaneFenced",
+            Self::LaneRenew(_) => "LaneRenew",
+            Self::LaneRenewed(_) => "LaneRenewed",
+            Self::LaneRefused(_) => "LaneRefused",
             Self::Ping { .. } => "Ping",
             Self::Pong { .. } => "Pong",
             Self::Goodbye(_) => "Goodbye",
@@ -81,6 +93,7 @@ impl Message {
                 w.bytes("name", MAX_NAME, ack.name.as_bytes())?;
                 w.list("lanes", MAX_LANES, &ack.lanes, |w, lane| {
                     w.u8(lane.rail);
+                    w.u64(lane.speed_bits);
                     w.lane_address("lane address", &lane.address)
                 })?;
                 w.u32(ack.receives_per_lane);
@@ -126,6 +139,7 @@ impl Message {
             Self::Credits(credits) => {
                 w.u8(tag::CREDITS);
                 w.u16(credits.lane);
+                w.u32(credits.epoch);
                 w.u64(credits.total);
             }
             Self::Revoke(revoke) => {
@@ -168,6 +182,56 @@ impl Message {
                 w.u16(refuse.code as u16);
                 w.detail("detail", MAX_DETAIL, &refuse.detail)?;
             }
+            Self::LaneLost(lost) => {
+                w.u8(tag::LANE_LOST);
+                w.u16(lost.lane);
+                w.u32(lost.epoch);
+                w.detail("detail", MAX_DETAIL, &lost.detail)?;
+            }
+            Self::LaneDown(down) => {
+                w.u8(tag::LANE_DOWN);
+                w.u16(down.lane);
+                w.u32(down.epoch);
+                let (limit, list) = (MAX_UNACKNOWLEDGED, &down.unacknowledged);
+                w.list("unacknowledged", limit, list, |w, &(push, part)| {
+                    w.u64(push);
+                    w.u32(part);
+                    Ok(())
+                })?;
+            }
+            Self::LaneFenced(fenced) => {
+                w.u8(tag::LANE_FENCED);
+                w.u16(fenced.lane);
+                w.u32(fenced.epoch);
+                w.list("counted", MAX_UNACKNOWLEDGED, &fenced.counted, |w, &bit| {
+                    w.bool(bit);
+                    Ok(())
+                })?;
+            }
+            Self::LaneRenew(renew) => {
+                w.u8(tag::LANE_RENEW);
+                w.u16(renew.lane);
+                w.u32(renew.epoch);
+                w.u8(renew.rail);
+                w.u8(renew.remote_rail);
+                w.lane_address("lane address", &renew.address)?;
+            }
+            Self::LaneRenewed(renewed) => {
+                w.u8(tag::LANE_RENEWED);
+                w.u16(renewed.lane);
+                w.u32(renewed.epoch);
+                w.u8(renewed.rail);
+                w.u64(renewed.speed_bits);
+                w.lane_address("lane address", &renewed.address)?;
+                w.u32(renewed.receives);
+            }
+            Self::LaneRefused(refused) => {
+                w.u8(tag::LANE_REFUSED);
+                w.u16(refused.lane);
+                w.u32(refused.epoch);
+                w.u16(refused.code as u16);
+                w.detail("detail", MAX_DETAIL, &refused.detail)?;
+            }
             Self::Ping { nonce } => {
                 w.u8(tag::PING);
                 w.u64(*nonce);
@@ -206,6 +270,7 @@ impl Message {
                     lanes: r.list("lanes", MAX_LANES, |r| {
                         Ok(LaneAnswer {
                             rail: r.u8("rail")?,
+                            speed_bits: r.u64("rail speed")?,
                             address: r.lane_address("lane address")?,
                         })
                     })?,
@@ -267,6 +332,7 @@ impl Message {
                 r.rename("Credits");
                 Self::Credits(Credits {
                     lane: r.u16("lane")?,
+                    epoch: r.u32("epoch")?,
                     total: r.u64("total")?,
                 })
             }
@@ -325,6 +391,64 @@ impl Message {
                 Self::RegionRefuse(RegionRefuse {
                     request,
                     code: r.known("code", code, RefuseCode::from_wire)?,
+                    detail: r.string("detail", MAX_DETAIL)?,
+                })
+            }
+            tag::LANE_LOST => {
+                r.rename("LaneLost");
+                Self::LaneLost(LaneLost {
+                    lane: r.u16("lane")?,
+                    epoch: r.u32("epoch")?,
+                    detail: r.string("detail", MAX_DETAIL)?,
+                })
+            }
+            tag::LANE_DOWN => {
+                r.rename("LaneDown");
+                Self::LaneDown(LaneDown {
+                    lane: r.u16("lane")?,
+                    epoch: r.u32("epoch")?,
+                    unacknowledged: r.list("unacknowledged", MAX_UNACKNOWLEDGED, |r| {
+                        Ok((r.u64("push")?, r.u32("part")?))
+                    })?,
+                })
+            }
+            tag::LANE_FENCED => {
+                r.rename("LaneFenced");
+                Self::LaneFenced(LaneFenced {
+                    lane: r.u16("lane")?,
+                    epoch: r.u32("epoch")?,
+                    counted: r.list("counted", MAX_UNACKNOWLEDGED, |r| r.bool("counted"))?,
+                })
+            }
+            tag::LANE_RENEW => {
+                r.rename("LaneRenew");
+                Self::LaneRenew(LaneRenew {
+                    lane: r.u16("lane")?,
+                    epoch: r.u32("epoch")?,
+                    rail: r.u8("rail")?,
+                    remote_rail: r.u8("remote rail")?,
+                    address: r.lane_address("lane address")?,
+                })
+            }
+            tag::LANE_RENEWED => {
+                r.rename("LaneRenewed");
+                Self::LaneRenewed(LaneRenewed {
+                    lane: r.u16("lane")?,
+                    epoch: r.u32("epoch")?,
+                    rail: r.u8("rail")?,
+                    speed_bits: r.u64("rail speed")?,
+                    address: r.lane_address("lane address")?,
+                    receives: r.u32("receives")?,
+                })
+            }
+            tag::LANE_REFUSED => {
+                r.rename("LaneRefused");
+                let (lane, epoch) = (r.u16("lane")?, r.u32("epoch")?);
+                let code = r.u16("code")?;
+                Self::LaneRefused(LaneRefused {
+                    lane,
+                    epoch,
+                    code: r.known("code", code, LaneRefusal::from_wire)?,
                     detail: r.string("detail", MAX_DETAIL)?,
                 })
             }

@@ -40,7 +40,8 @@ pub(crate) use ids::{Nonce, random_nonce};
 pub(crate) use imm::{Imm, TailHeader};
 pub(crate) use message::MAX_LANES;
 pub(crate) use message::{
-    Accept, Cancel, Credits, Goodbye, Hello, HelloAck, HelloReject, LaneAnswer, LaneOffer, Message,
+    Accept, Cancel, Credits, Goodbye, Hello, HelloAck, HelloReject, LaneAnswer, LaneDown,
+    LaneFenced, LaneLost, LaneOffer, LaneRefusal, LaneRefused, LaneRenew, LaneRenewed, Message,
     Open, OpenRegion, RailOffer, Refuse, RegionAccept, RegionRefuse, Revoke, TailTarget,
 };
 pub use message::{GoodbyeCode, RefuseCode, RejectCode, RevokeReason};

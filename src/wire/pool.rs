@@ -21,6 +21,9 @@ pub(crate) struct PoolDescriptor {
     pub(crate) layout: KvLayout,
     /// At most [`MAX_REGIONS`].
     pub(crate) regions: Vec<RegionDescriptor>,
+    /// How far the peer's rails are from the pool's memory, by number; 0 is near. A rail that is not in the list is near.
+    /// At most [`MAX_RAILS`].
+    pub(crate) distances: Vec<u8>,
 }
 
 /// One region of the peer.
@@ -55,6 +58,10 @@ impl PoolDescriptor {
         writer.list("regions", MAX_REGIONS, &self.regions, |w, region| {
             w.u64(region.length);
             RegionKey::write_list(w, &region.keys)
+        })?;
+        writer.list("distances", MAX_RAILS, &self.distances, |w, &distance| {
+            w.u8(distance);
+            Ok(())
         })
     }
 
@@ -68,6 +75,7 @@ impl PoolDescriptor {
                     keys: RegionKey::read_list(r)?,
                 })
             })?,
+            distances: reader.list("distances", MAX_RAILS, |r| r.u8("distance"))?,
         })
     }
 }

@@ -114,6 +114,22 @@ fn hip_goes_second_with_the_whole_object() {
 }
 
 #[test]
+fn hip_finds_the_object_around_memory_of_no_known_allocation() {
+    let double = Double::new(Release::New);
+    double.fail("hsa_amd_portable_export_dmabuf", 0x1008);
+    let hip = double.hip();
+    let pool = GpuMemory::allocate(&hip, 0, 1 << 16).unwrap();
+    double.fail("hipMemGetAddressRange", 1);
+    // SAFETY: a part of `pool`.
+    let part = unsafe { GpuMemory::from_raw(&hip, 0, pool.address() + 777, 5000) }.unwrap();
+    assert_eq!(part.allocation(), None);
+    double.fail("hipMemGetAddressRange", 0);
+    let exported = part.export().unwrap();
+    assert_eq!(exported.offset, 777);
+    is_the_memory(&part, &exported);
+}
+
+#[test]
 fn when_both_refuse_both_say_why() {
     let double = Double::new(Release::New);
     double.fail("hsa_amd_portable_export_dmabuf", 0x1004);

@@ -50,6 +50,23 @@ pub(crate) fn binary(name: &str, release: bool) -> Result<Executable> {
     found.with_context(|| format!("cargo built no binary {name:?}"))
 }
 
+/// Builds the tests inside the library of `package` with a profile of its own, running none.
+pub(crate) fn library_test(package: &str, profile: &str) -> Result<Executable> {
+    let arguments = [
+        "test",
+        "--no-run",
+        "--package",
+        package,
+        "--lib",
+        "--profile",
+        profile,
+    ];
+    let found = build(&arguments, false)?
+        .into_iter()
+        .find(|executable| executable.kind == "lib" && executable.name == package);
+    found.with_context(|| format!("cargo built no tests of {package:?}"))
+}
+
 fn build(arguments: &[&str], release: bool) -> Result<Vec<Executable>> {
     let mut command = process::cargo();
     command

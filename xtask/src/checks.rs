@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::process::{self, stage};
-use crate::{audit, oracle, rxe};
+use crate::{audit, gpu_libs, oracle, rxe, sim};
 
 const TEST_HELP: &str = "\
 cargo xtask test: every test there is
@@ -13,13 +13,15 @@ USAGE
 
 STAGES
     1. cargo test --workspace    unit, property, simulated and two-process tests, then the documentation's examples
-    2. cargo xtask rxe           the RDMA suites and kvpush-bench over soft-RoCE, in QEMU guests
+    2. cargo xtask sim           10,000 schedules of whole endpoints in simulated time, under faults
+    3. cargo xtask gpu-libs      the GPU bindings against Debian's ROCm libraries and headers, where this is Debian
+    4. cargo xtask rxe           the RDMA suites and kvpush-bench over soft-RoCE, in QEMU guests
 
-Stage 2 needs Debian on x86_64 with the packages it names; run as root it installs what is missing. If it cannot run,
+Stage 4 needs Debian on x86_64 with the packages it names; run as root it installs what is missing. If it cannot run,
 `cargo xtask test` fails: RDMA that was not tested is not known to work.
 
 OPTIONS
-    --no-rxe      Leave stage 2 out
+    --no-rxe      Leave stage 4 out
     -h, --help    Show this text
 ";
 
@@ -106,6 +108,8 @@ fn test_stages(with_rxe: bool) -> Result<()> {
     stage("documentation's examples", || {
         process::run(process::cargo().args(["test", "--workspace", "--doc"]))
     })?;
+    stage("simulated schedules", || sim::main(&[]))?;
+    stage("GPU bindings against real libraries", gpu_libs::gpu_libs)?;
     if with_rxe {
         return stage("soft-RoCE", || rxe::main(&[]));
     }

@@ -7,10 +7,12 @@ mod apt;
 mod artifacts;
 mod audit;
 mod checks;
+mod gpu_libs;
 mod guest;
 mod oracle;
 mod process;
 mod rxe;
+mod sim;
 mod workspace;
 
 use std::process::ExitCode;
@@ -27,7 +29,9 @@ COMMANDS
     test      Every test there is: unit, property, simulated and two-process tests, doc tests, then soft-RoCE guests
     ci        What the CI runs: fmt, clippy, docs, audit, oracle, then `test`
     rxe       Run the RDMA tests, kvpush-bench, perftest or your own command over soft-RoCE in QEMU guests
+    sim       Thousands of schedules of whole endpoints in simulated time, under faults
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
+    gpu-libs  Our GPU bindings against the real ROCm libraries and headers (Debian's), and cuda.h where there is one
     oracle    Compare our hand-made verbs definitions with the ones bindgen makes from the system's headers
     help      Show this text
 
@@ -58,7 +62,9 @@ fn dispatch(args: &[String]) -> Result<()> {
         "test" => checks::test(rest),
         "ci" => checks::ci(rest),
         "rxe" => rxe::main(rest),
+        "sim" => sim::main(rest),
         "audit" => audit::main(rest),
+        "gpu-libs" => gpu_libs::main(rest),
         "oracle" => oracle::main(rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use kvpush::memory::{DmabufMemory, HostMemory, Memory, MemoryError, dmabuf::Udmabuf};
+use kvpush::memory::{
+    CudaMemory, DmabufMemory, HipMemory, HostMemory, Memory, MemoryError, dmabuf::Udmabuf,
+};
 
 use crate::{
     cli::{MemoryChoice, MemoryKind},
@@ -17,6 +19,8 @@ const PIECE: u64 = 1 << 20;
 pub(crate) enum Block {
     Host(Arc<HostMemory>),
     Dmabuf(Arc<DmabufMemory>),
+    Hip(Arc<HipMemory>),
+    Cuda(Arc<CudaMemory>),
 }
 
 impl Block {
@@ -25,10 +29,11 @@ impl Block {
         let made = match choice.kind {
             MemoryKind::Host => HostMemory::new(length).map(|made| Self::Host(Arc::new(made))),
             MemoryKind::Udmabuf => udmabuf(length).map(|made| Self::Dmabuf(Arc::new(made))),
-            MemoryKind::Hip | MemoryKind::Cuda => {
-                return Err(Error::failed(format!(
-                    "--memory {choice}: this build has no GPU memory; next: --memory udmabuf or host"
-                )));
+            MemoryKind::Hip => {
+                HipMemory::new(choice.device, length).map(|made| Self::Hip(Arc::new(made)))
+            }
+            MemoryKind::Cuda => {
+                CudaMemory::new(choice.device, length).map(|made| Self::Cuda(Arc::new(made)))
             }
         };
         made.map_err(|error| {
@@ -50,6 +55,8 @@ impl Block {
         match self {
             Self::Host(memory) => Arc::clone(memory) as _,
             Self::Dmabuf(memory) => Arc::clone(memory) as _,
+            Self::Hip(memory) => Arc::clone(memory) as _,
+            Self::Cuda(memory) => Arc::clone(memory) as _,
         }
     }
 
@@ -57,6 +64,8 @@ impl Block {
         match self {
             Self::Host(memory) => memory.length(),
             Self::Dmabuf(memory) => memory.length(),
+            Self::Hip(memory) => memory.length(),
+            Self::Cuda(memory) => memory.length(),
         }
     }
 
@@ -65,6 +74,8 @@ impl Block {
         match self {
             Self::Host(memory) => memory.read(offset, out),
             Self::Dmabuf(memory) => memory.read(offset, out),
+            Self::Hip(memory) => memory.read(offset, out),
+            Self::Cuda(memory) => memory.read(offset, out),
         }
     }
 
@@ -73,6 +84,8 @@ impl Block {
         match self {
             Self::Host(memory) => memory.write(offset, bytes),
             Self::Dmabuf(memory) => memory.write(offset, bytes),
+            Self::Hip(memory) => memory.write(offset, bytes),
+            Self::Cuda(memory) => memory.write(offset, bytes),
         }
     }
 

@@ -10,6 +10,7 @@ mod cache;
 mod formula;
 
 pub(crate) use self::{
+    block::Block,
     cache::{Cache, Expected, Mismatch},
     formula::Random,
 };

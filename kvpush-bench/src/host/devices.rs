@@ -1,14 +1,18 @@
 //! `kvpush-bench devices`.
 
 use comfy_table::Table;
-use kvpush::fabric::verbs::{
-    DeviceFacts, DmabufSupport, Inventory, LibraryFacts, Memlock, PortFacts, choose_gid, inventory,
-    physical_state_word,
+use kvpush::{
+    fabric::verbs::{
+        DeviceFacts, DmabufSupport, Inventory, LibraryFacts, Memlock, PortFacts, choose_gid,
+        inventory, physical_state_word,
+    },
+    topology::Topology,
 };
 use serde_json::{Value, json};
 
+use super::{gpus, paths, topology};
 use crate::{
-    cli::HostArgs,
+    cli::DevicesArgs,
     error::{Context, Result},
     measure::bytes_text,
     out,
@@ -16,12 +20,22 @@ use crate::{
 };
 
 /// Prints what was found.
-pub(crate) fn devices(args: &HostArgs) -> Result<()> {
+pub(crate) fn devices(args: &DevicesArgs) -> Result<()> {
     let found = inventory();
-    if args.json {
-        out::say(serde_json::to_string_pretty(&json(&found)).context("encode the inventory")?);
+    let places = Topology::read(&args.sysfs);
+    let gpus = gpus::find();
+    let tried = paths::try_all(gpus.numbers())?;
+    if args.host.json {
+        let mut all = json(&found);
+        all["topology"] = topology::json(&places);
+        all["gpus"] = gpus.json();
+        all["paths"] = paths::json(&tried);
+        out::say(serde_json::to_string_pretty(&all).context("encode the inventory")?);
     } else {
         out::say(text(&found).trim_end());
+        out::say(topology::text(&places).trim_end());
+        out::say(gpus.text().trim_end());
+        out::say(paths::text(&tried).trim_end());
     }
     Ok(())
 }
@@ -56,7 +70,7 @@ fn text(found: &Inventory) -> String {
     text
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = compact_table();
     table.set_header(header);
     table

@@ -2,6 +2,9 @@
 
 mod devices;
 mod doctor;
+mod gpus;
+mod paths;
+mod topology;
 
 use kvpush::fabric::verbs::{Severity, diagnose, inventory};
 

@@ -197,3 +197,32 @@ fn the_same_seed_makes_the_same_tables() {
     };
     assert_eq!(writes(), writes());
 }
+
+/// Real ones where the kernel has them, and otherwise the reason and what to do.
+#[test]
+fn pools_in_dmabufs_or_why_not() {
+    let json = Scratch::new("json");
+    let arguments = [&TINY[..], &["--memory", "udmabuf", "--json", json.path()]].concat();
+    let outcome = run(&arguments);
+    let node = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/udmabuf");
+    match node {
+        Ok(_) => {
+            outcome.assert_code(0);
+            let rows = json.rows();
+            assert_rows(&rows, 3);
+            assert!(
+                rows.iter().all(|row| row["memory"] == "udmabuf->udmabuf"),
+                "{rows:?}"
+            );
+        }
+        Err(error) => {
+            println!("not run with real dmabufs: /dev/udmabuf: {error}");
+            outcome
+                .assert_code(1)
+                .assert_err(&["--memory udmabuf", "/dev/udmabuf", "next: "]);
+        }
+    }
+}

@@ -43,6 +43,7 @@ impl Core {
                     lanes,
                     keepalive_ms: self.keepalive_ms(),
                 };
+                self.tell_ready(conn);
                 self.send(conn, &Message::HelloAck(ack));
                 self.watch(conn, hello.keepalive_ms);
             }
@@ -92,6 +93,7 @@ impl Core {
                         lanes.push(lane);
                         answers.push(LaneAnswer {
                             rail: rail as u8,
+                            speed_bits: self.rails[rail].device.info().bits_per_second,
                             address,
                         });
                         self.rails[rail]
@@ -107,6 +109,7 @@ impl Core {
         self.adopt_lanes(conn, lanes);
         if let Some(session) = self.sessions.get_mut(&conn) {
             session.phase = Phase::Ready;
+            session.kind = Some(hello.fabric);
             session.incarnation = Some(hello.incarnation);
             session.slots = vec![None; usize::from(Imm::SLOTS)];
         }

@@ -94,7 +94,15 @@ impl AccessEntry {
         }
     }
 
-    /// The request for the bytes from `done`; nothing if those were all.
+    /// Bytes to move.
+    pub(super) fn length(&self) -> u64 {
+        match &self.op {
+            AccessOp::Open => 0,
+            AccessOp::Move { length, .. } => *length,
+        }
+    }
+
+    /// The request for the bytes from `done`; nothing if those were all, or the peer told no key for its rail.
     pub(super) fn piece(&self, done: u64, rail: usize, remote_rail: u8) -> Option<Piece> {
         let AccessOp::Move {
             read,
@@ -159,16 +167,17 @@ impl Core {
             }
         };
         access.conn = Some(conn);
-        let moving = matches!(access.op, AccessOp::Move { .. });
+        let (moving, bytes) = match &access.op {
+            AccessOp::Open => (false, 0),
+            AccessOp::Move { length, .. } => (true, *length),
+        };
         self.accesses.insert(id, access);
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
         if moving {
-            let lane = usize::from(session.least_loaded());
-            session.lanes[lane]
-                .queue
-                .push_back(Task::Access { access: id });
+            let lane = usize::from(session.choose(&self.rails, self.now, bytes, |_| Some(0)));
+            session.lanes[lane].enqueue(Task::Access { access: id, bytes });
             self.pump(conn, lane);
         } else if session.phase != Phase::Connecting {
             self.send_region_open(conn, id);
@@ -218,7 +227,7 @@ impl Core {
             ),
             _ if self.is_draining() => refuse(RefuseCode::Draining, "the endpoint is going away"),
             Some(export) if Digest(export.nonce).matches(&Digest(open.nonce)) => {
-                let rails = session.rails();
+                let rails = self.rails_of_session(conn);
                 Message::RegionAccept(RegionAccept {
                     request,
                     length: export.region.length(),
@@ -232,6 +241,9 @@ impl Core {
                 "no such region, or it has been withdrawn",
             ),
         };
+        if let Message::RegionRefuse(refuse) = &message {
+            self.tell_refused(conn, None, refuse.code, &refuse.detail);
+        }
         self.send(conn, &message);
     }
 
@@ -370,7 +382,7 @@ impl Core {
     }
 
     pub(super) fn close_accesses(&mut self) {
-        for (_, access) in self.accesses.drain() {
+        for access in std::mem::take(&mut self.accesses).into_values() {
             access.shared.finish(Err(PeerError::Closed.into()));
         }
     }

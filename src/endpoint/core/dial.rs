@@ -7,7 +7,7 @@ use super::{
     session::{Phase, Role, Session},
 };
 use crate::{
-    endpoint::{PeerError, control::ConnId},
+    endpoint::{PeerError, control::ConnId, telemetry::EventKind},
     fabric::{FabricError, FabricErrorKind, FabricKind},
     protocol::SendCredits,
     wire::{
@@ -46,6 +46,7 @@ impl Core {
         kinds.dedup();
         let session = Session::dialled(expected, addresses.join(", "), kinds);
         self.sessions.insert(conn, session);
+        self.tell_session(conn, EventKind::SessionDialled);
         self.control.connect(conn, addresses.to_vec(), timeout);
         conn
     }
@@ -193,6 +194,8 @@ impl Core {
         }
         for (lane, answer) in session.lanes.iter_mut().zip(&ack.lanes) {
             lane.remote_rail = answer.rail;
+            lane.home = answer.rail;
+            lane.speed = slower(lane.speed, answer.speed_bits);
             lane.peer_receives = ack.receives_per_lane;
             lane.send = SendCredits::new(lane.config.send_depth, ack.receives_per_lane);
             let context = &mut self.rails[lane.rail].context;
@@ -211,6 +214,7 @@ impl Core {
             }
         }
         session.phase = Phase::Ready;
+        self.tell_ready(conn);
         self.watch(conn, ack.keepalive_ms);
         self.connect_ready(conn, ack.incarnation);
     }
@@ -247,4 +251,9 @@ impl Core {
             self.end_session(conn, error, None);
         }
     }
+}
+
+/// The slower of two speeds, 0 if one is unknown.
+pub(super) fn slower(a: u64, b: u64) -> u64 {
+    a.min(b)
 }

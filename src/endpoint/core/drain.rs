@@ -51,6 +51,7 @@ impl Core {
             sessions = self.sessions.len(),
             "draining"
         );
+        self.tell_drain(timeout);
         self.draining = Some(Draining {
             endpoint,
             begun: self.now,

@@ -1,7 +1,7 @@
 //! What a peer can make this side hold, and who is let in. All limits of one session and one peer that are not a
 //! message's own are here; `docs/protocol.md` lists them with those of the other layers.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     Core,
@@ -23,7 +23,7 @@ pub(super) const MAX_REMOTE_POOLS: usize = 64;
 /// What a session knows of its peer's pools: those used last.
 #[derive(Default)]
 pub(super) struct RemotePools {
-    pools: HashMap<PoolId, (Arc<RemotePool>, Time)>,
+    pools: BTreeMap<PoolId, (Arc<RemotePool>, Time)>,
     latest: Time,
 }
 

@@ -44,9 +44,12 @@ impl Core {
     }
 
     /// A message of the peer has come.
-    pub(super) fn heard(&mut self, conn: ConnId) {
+    pub(super) fn heard(&mut self, conn: ConnId, bytes: usize) {
         if let Some(session) = self.sessions.get_mut(&conn) {
             session.liveness.heard = self.now;
+            if let Some(meters) = &session.meters {
+                meters.control_received.add(bytes as u64);
+            }
         }
     }
 
@@ -123,7 +126,9 @@ impl Core {
                 peer: session.name(),
                 waited,
             };
-            tracing::warn!(peer = session.name(), ?waited, "peer is silent");
+            if let Some(session) = self.sessions.get(&conn) {
+                self.tell_silent(session);
+            }
             self.end_session(conn, error, Some((GoodbyeCode::Timeout, "no sign of life")));
             return;
         }

@@ -16,10 +16,12 @@
 //! | `cut` | writes between regions of several registrations |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
 //! | `windows` | keys to what one grant opens, bound and taken back |
+//! | `recovery` | lanes that fail and are made again, rails that come and go |
 //! | `access` | one-sided reads and writes of exported regions |
 //! | `drain` | going away in good order |
 //! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
+//! | `watch` | what is told of all this: counters, events, the log |
 //! | `timers` | what must be looked at when |
 //!
 //! # Order of work
@@ -39,16 +41,18 @@ mod limits;
 mod liveness;
 mod pump;
 mod reader;
+mod recovery;
 mod remote;
 mod session;
 mod timers;
+mod watch;
 mod windows;
 mod writer;
 
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 pub(crate) use self::{
     access::{AccessEntry, AccessOp, ExportRecord, RegionKeys},
@@ -60,7 +64,7 @@ pub(crate) use self::{
 use self::{
     drain::Draining,
     pump::Scratch,
-    session::{Role, Session},
+    session::{LaneState, Role, Session},
     timers::Timers,
 };
 use super::{
@@ -69,11 +73,10 @@ use super::{
     error::PeerError,
     regions::Region,
     shared::{PoolRecord, TailArena},
+    telemetry::{EventKind, Levels, Telemetry},
 };
 use crate::{
-    fabric::{
-        Completion, CompletionKind, Context, Device, FabricError, FabricKind, LaneId, Status,
-    },
+    fabric::{Completion, CompletionKind, Context, Device, FabricKind, LaneId, RailEvent, Status},
     protocol::Time,
     wire::{Goodbye, GoodbyeCode, Incarnation, Message, PoolId},
 };
@@ -94,6 +97,10 @@ pub(super) struct Rail {
     pub(super) dead: bool,
     /// It did not fence a lane: what runs on it goes on, but nothing new does.
     pub(super) distrusted: bool,
+    /// Since when its port is down.
+    pub(super) down_since: Option<Time>,
+    /// Since when it is up again.
+    pub(super) up_since: Time,
 }
 
 impl Rail {
@@ -107,6 +114,9 @@ impl Rail {
 pub(crate) type OpenRail = (Arc<dyn Device>, Box<dyn Context>, u32);
 
 /// See the module's documentation.
+///
+/// Its maps are ordered: where one is walked through, two cores to which the same has happened do the same, in the same
+/// order. A schedule of the simulation repeats exactly because of that.
 pub(crate) struct Core {
     config: Arc<Config>,
     incarnation: Incarnation,
@@ -114,25 +124,33 @@ pub(crate) struct Core {
     rails: Vec<Rail>,
     control: Box<dyn Control>,
     next_conn: u64,
-    sessions: HashMap<ConnId, Session>,
+    sessions: BTreeMap<ConnId, Session>,
     /// Sessions that this side dialled, by whom it expects there.
-    dialled: HashMap<Incarnation, ConnId>,
-    lanes: HashMap<(usize, LaneId), (ConnId, usize)>,
-    pools: HashMap<PoolId, Arc<PoolRecord>>,
-    arrivals: HashMap<u32, ArrivalEntry>,
-    pushes: HashMap<u64, PushEntry>,
-    exports: HashMap<u32, Arc<ExportRecord>>,
-    accesses: HashMap<u64, AccessEntry>,
-    connects: HashMap<ConnId, ConnectEntry>,
+    dialled: BTreeMap<Incarnation, ConnId>,
+    lanes: BTreeMap<(usize, LaneId), (ConnId, usize)>,
+    pools: BTreeMap<PoolId, Arc<PoolRecord>>,
+    arrivals: BTreeMap<u32, ArrivalEntry>,
+    pushes: BTreeMap<u64, PushEntry>,
+    exports: BTreeMap<u32, Arc<ExportRecord>>,
+    accesses: BTreeMap<u64, AccessEntry>,
+    connects: BTreeMap<ConnId, ConnectEntry>,
     next_request: u64,
     /// Asked so far whether a peer is there.
     pings: u64,
     tails: Arc<TailArena>,
+    telemetry: Arc<Telemetry>,
+    /// Levels as they were told last.
+    told: [u64; Levels::COUNT],
     timers: Timers,
     /// Nothing new begins.
     draining: Option<Draining>,
     scratch: Scratch,
     completions: Vec<Completion>,
+    rail_events: Vec<RailEvent>,
+    /// Reader's lanes to be ended once all completions at hand have been looked at: session, lane, epoch.
+    failing: Vec<(ConnId, usize, u32)>,
+    /// Lanes offered again since the start.
+    renewals: u64,
 }
 
 impl Core {
@@ -143,6 +161,10 @@ impl Core {
         control: Box<dyn Control>,
         tails: Arc<TailArena>,
     ) -> Self {
+        let names = rails
+            .iter()
+            .map(|(device, ..)| watch::rail_name(device.info()));
+        let telemetry = Telemetry::new(names.collect(), config.metric_peers);
         let rails = rails
             .into_iter()
             .map(|(device, context, completions_free)| Rail {
@@ -153,6 +175,8 @@ impl Core {
                 completions_free,
                 dead: false,
                 distrusted: false,
+                down_since: None,
+                up_since: Time(0),
             })
             .collect();
         Self {
@@ -162,22 +186,27 @@ impl Core {
             rails,
             control,
             next_conn: 0,
-            sessions: HashMap::new(),
-            dialled: HashMap::new(),
-            lanes: HashMap::new(),
-            pools: HashMap::new(),
-            arrivals: HashMap::new(),
-            pushes: HashMap::new(),
-            exports: HashMap::new(),
-            accesses: HashMap::new(),
-            connects: HashMap::new(),
+            sessions: BTreeMap::new(),
+            dialled: BTreeMap::new(),
+            lanes: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            arrivals: BTreeMap::new(),
+            pushes: BTreeMap::new(),
+            exports: BTreeMap::new(),
+            accesses: BTreeMap::new(),
+            connects: BTreeMap::new(),
             next_request: 0,
             pings: 0,
             tails,
+            telemetry: Arc::new(telemetry),
+            told: [0; Levels::COUNT],
             timers: Timers::default(),
             draining: None,
             scratch: Scratch::default(),
             completions: Vec::new(),
+            rail_events: Vec::new(),
+            failing: Vec::new(),
+            renewals: 0,
         }
     }
 
@@ -204,9 +233,13 @@ impl Core {
         }
         for event in events.drain(..) {
             self.event(event);
+            self.end_failing();
         }
         active |= self.run_timers();
         self.settle_drain();
+        if active {
+            self.tell_levels();
+        }
         active
     }
 
@@ -238,6 +271,7 @@ impl Core {
         self.close_pushes();
         self.close_accesses();
         self.close_drain();
+        self.tell_levels();
     }
 
     fn command(&mut self, command: Command) {
@@ -286,11 +320,12 @@ impl Core {
         match event {
             ControlEvent::Accepted { conn, peer } => {
                 self.sessions.insert(conn, Session::accepted(peer));
+                self.tell_session(conn, EventKind::SessionAccepted);
                 self.await_hello(conn);
             }
             ControlEvent::Connected { conn, peer } => self.connected(conn, peer),
             ControlEvent::Message { conn, bytes } => {
-                self.heard(conn);
+                self.heard(conn, bytes.len());
                 match Message::decode(&bytes) {
                     Ok(message) => self.message(conn, message),
                     Err(error) => self.violation(conn, &error.to_string()),
@@ -335,6 +370,12 @@ impl Core {
             (Role::Dialler, Message::Done { .. }) => {}
             (Role::Dialler, Message::RegionAccept(accept)) => self.region_accepted(conn, accept),
             (Role::Dialler, Message::RegionRefuse(refuse)) => self.region_refused(conn, refuse),
+            (Role::Dialler, Message::LaneLost(lost)) => self.lane_lost(conn, lost),
+            (Role::Dialler, Message::LaneFenced(fenced)) => self.lane_fenced(conn, fenced),
+            (Role::Dialler, Message::LaneRenewed(renewed)) => self.lane_renewed(conn, renewed),
+            (Role::Dialler, Message::LaneRefused(refused)) => self.lane_refused(conn, refused),
+            (Role::Acceptor, Message::LaneDown(down)) => self.lane_down(conn, down),
+            (Role::Acceptor, Message::LaneRenew(renew)) => self.lane_renew(conn, renew),
             (Role::Acceptor, Message::Hello(hello)) => self.hello(conn, hello),
             (Role::Acceptor, Message::Open(open)) => self.open(conn, &open),
             (Role::Acceptor, Message::Drained { push }) => self.drained(conn, push),
@@ -353,21 +394,35 @@ impl Core {
     fn poll_rails(&mut self) -> bool {
         let mut active = false;
         for rail in 0..self.rails.len() {
-            if self.rails[rail].dead {
-                continue;
-            }
-            let mut completions = std::mem::take(&mut self.completions);
-            completions.clear();
-            let result = self.rails[rail].context.poll(&mut completions);
-            active |= !completions.is_empty();
-            for completion in &completions {
-                self.completion(rail, completion);
-            }
-            self.completions = completions;
-            if let Err(error) = result {
-                self.rail_failed(rail, &error);
-                active = true;
-            }
+            active |= self.poll_rail(rail);
+        }
+        self.end_failing();
+        active
+    }
+
+    /// Polls one rail once. Lanes that fail here must be [ended](Core::end_failing) afterwards.
+    fn poll_rail(&mut self, rail: usize) -> bool {
+        if self.rails[rail].dead {
+            return false;
+        }
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.clear();
+        let result = self.rails[rail].context.poll(&mut completions);
+        let mut active = !completions.is_empty();
+        for completion in &completions {
+            self.completion(rail, completion);
+        }
+        self.completions = completions;
+        let mut events = std::mem::take(&mut self.rail_events);
+        self.rails[rail].context.events(&mut events);
+        active |= !events.is_empty();
+        for event in events.drain(..) {
+            self.rail_event(rail, event);
+        }
+        self.rail_events = events;
+        if let Err(error) = result {
+            self.rail_failed(rail, &error);
+            active = true;
         }
         active
     }
@@ -377,8 +432,19 @@ impl Core {
         let Some(&(conn, lane)) = self.lanes.get(&(rail, completion.lane)) else {
             return;
         };
+        if let CompletionKind::Received { .. } = completion.kind
+            && let Some(lane) = self.sessions.get_mut(&conn).map(|s| &mut s.lanes[lane])
+        {
+            lane.receives = lane.receives.saturating_sub(1);
+        }
         if completion.status != Status::Success {
-            self.lane_failed(conn, lane, completion);
+            let session = self.sessions.get(&conn);
+            // A lane that fails completes all it has; the first completion says why.
+            if session.is_some_and(|s| !matches!(s.lanes[lane].state, LaneState::Failing)) {
+                self.tell_lane_failed(conn, lane, completion);
+                let error = self.completion_error(conn, rail, completion);
+                self.lane_failed(conn, lane, error);
+            }
             return;
         }
         match completion.kind {
@@ -390,42 +456,16 @@ impl Core {
         }
     }
 
-    fn lane_failed(&mut self, conn: ConnId, lane: usize, completion: &Completion) {
-        let Some(session) = self.sessions.get(&conn) else {
-            return;
-        };
-        let Some(lane) = session.lanes.get(lane) else {
-            return;
-        };
-        let info = self.rails[lane.rail].device.info();
-        let error = PeerError::Lane {
-            peer: session.name(),
+    fn completion_error(&self, conn: ConnId, rail: usize, completion: &Completion) -> PeerError {
+        let info = self.rails[rail].device.info();
+        let session = self.sessions.get(&conn);
+        PeerError::Lane {
+            peer: session.map(Session::name).unwrap_or_default(),
             fabric: info.kind,
             device: info.name.clone(),
-            lane: lane.id,
+            lane: completion.lane,
             status: completion.status,
             vendor_error: completion.vendor_error,
-        };
-        let detail = format!("lane failed: {:?}", completion.status);
-        self.end_session(conn, error, Some((GoodbyeCode::Error, &detail)));
-    }
-
-    fn rail_failed(&mut self, rail: usize, error: &FabricError) {
-        // A rail that cannot even be polled would say so again and again.
-        self.rails[rail].dead = true;
-        let conns: Vec<_> = self
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.lanes.iter().any(|lane| lane.rail == rail))
-            .map(|(&conn, session)| (conn, session.name()))
-            .collect();
-        tracing::error!(%error, sessions = conns.len(), "rail failed");
-        for (conn, peer) in conns {
-            let error = PeerError::Fabric {
-                peer,
-                source: Box::new(error.clone()),
-            };
-            self.end_session(conn, error, Some((GoodbyeCode::Error, "rail failed")));
         }
     }
 
@@ -452,7 +492,7 @@ impl Core {
         let Some(mut session) = self.sessions.remove(&conn) else {
             return;
         };
-        tracing::debug!(peer = session.name(), %error, "session ends");
+        self.tell_session_end(conn, &session, &error);
         if let Some((code, detail)) = goodbye {
             self.send(
                 conn,
@@ -479,7 +519,13 @@ impl Core {
 
     fn send(&mut self, conn: ConnId, message: &Message) {
         match message.encode() {
-            Ok(bytes) => self.control.send(conn, bytes),
+            Ok(bytes) => {
+                let session = self.sessions.get(&conn);
+                if let Some(meters) = session.and_then(|session| session.meters.as_ref()) {
+                    meters.control_sent.add(bytes.len() as u64);
+                }
+                self.control.send(conn, bytes);
+            }
             // Only a descriptor of our own can be too large, and it was checked when the pool was made.
             Err(error) => tracing::error!(%error, "a control message could not be encoded"),
         }

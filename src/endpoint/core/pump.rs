@@ -6,7 +6,7 @@
 //! Slots come first: a request is built only after its send-queue slot, and the peer's receive if it carries an
 //! immediate, have been taken. When there are none the lane waits for completions or credits.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     AccessEntry, Core, PushEntry, Rail,
@@ -14,17 +14,16 @@ use super::{
     session::Lane,
 };
 use crate::{
-    endpoint::{PeerError, control::ConnId},
+    endpoint::{PeerError, control::ConnId, telemetry::meters::RailMeters},
     fabric::{FabricError, Opcode, Sge, WorkRequest},
     protocol::Batch,
-    wire::GoodbyeCode,
 };
 
 /// Requests handed to a device at once.
 const BATCH: usize = 64;
 
 /// Whose request it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Owner {
     Push(u64),
     Access(u64),
@@ -37,17 +36,53 @@ pub(super) enum Task {
     Pages {
         push: u64,
         layer: u32,
+        part: u32,
         first: u32,
         source: Arc<[u32]>,
         from: u32,
         count: u32,
-        /// The immediate of the part, if this completes it.
-        completes: Option<u32>,
+        /// Whether this is the last of its part, and so carries the immediate.
+        completes: bool,
+        bytes: u64,
     },
     /// The tail, which the push has ready.
-    Tail { push: u64 },
+    Tail { push: u64, part: u32, bytes: u64 },
     /// A one-sided access.
-    Access { access: u64 },
+    Access { access: u64, bytes: u64 },
+}
+
+impl Task {
+    /// Its payload.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Pages { bytes, .. } | Self::Tail { bytes, .. } | Self::Access { bytes, .. } => {
+                *bytes
+            }
+        }
+    }
+
+    pub(super) fn owner(&self) -> Owner {
+        match self {
+            Self::Pages { push, .. } | Self::Tail { push, .. } => Owner::Push(*push),
+            Self::Access { access, .. } => Owner::Access(*access),
+        }
+    }
+
+    /// Push and part, if it is of a push.
+    pub(super) fn part(&self) -> Option<(u64, u32)> {
+        match self {
+            Self::Pages { push, part, .. } | Self::Tail { push, part, .. } => Some((*push, *part)),
+            Self::Access { .. } => None,
+        }
+    }
+
+    /// Push and part, if it ends with an immediate.
+    pub(super) fn immediate(&self) -> Option<(u64, u32)> {
+        match self {
+            Self::Pages { completes, .. } => self.part().filter(|_| *completes),
+            _ => self.part(),
+        }
+    }
 }
 
 /// The task a lane is posting, planned.
@@ -83,25 +118,28 @@ pub(super) struct Scratch {
 /// What a post needs from outside of the lane.
 struct Work<'a> {
     rail: &'a mut Rail,
-    pushes: &'a mut HashMap<u64, PushEntry>,
-    accesses: &'a mut HashMap<u64, AccessEntry>,
+    /// Where it is counted.
+    meters: Option<&'a RailMeters>,
+    pushes: &'a mut BTreeMap<u64, PushEntry>,
+    accesses: &'a mut BTreeMap<u64, AccessEntry>,
     scratch: &'a mut Scratch,
 }
 
 impl Core {
     /// Posts what can be posted on `lane`.
-    pub(super) fn pump(&mut self, conn: ConnId, lane: usize) {
+    pub(super) fn pump(&mut self, conn: ConnId, index: usize) {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        let Some(lane) = session.lanes.get_mut(lane) else {
+        let Some(lane) = session.lanes.get_mut(index) else {
             return;
         };
-        if lane.current.is_none() && lane.queue.is_empty() {
+        if lane.current.is_none() && lane.queue.is_empty() || !lane.works(&self.rails) {
             return;
         }
         let mut work = Work {
             rail: &mut self.rails[lane.rail],
+            meters: session.meters.as_ref().and_then(|m| m.rail(lane.rail)),
             pushes: &mut self.pushes,
             accesses: &mut self.accesses,
             scratch: &mut self.scratch,
@@ -111,7 +149,7 @@ impl Core {
                 peer: session.name(),
                 source: source.into(),
             };
-            self.end_session(conn, error, Some((GoodbyeCode::Error, "post failed")));
+            self.lane_failed(conn, index, error);
         }
     }
 
@@ -135,6 +173,16 @@ impl Core {
             return;
         };
         lane.send.retire(count);
+        lane.backoff.proven();
+        let (load, pushes) = (&mut lane.load, &mut self.pushes);
+        lane.replay.complete(id, |task| {
+            *load -= task.bytes();
+            if let Owner::Push(id) = task.owner()
+                && let Some(push) = pushes.get_mut(&id)
+            {
+                push.bytes += task.bytes();
+            }
+        });
         for batch in &retired {
             self.retire(*batch);
         }
@@ -167,34 +215,47 @@ impl Work<'_> {
                 break;
             }
             if !self.fill(lane)? {
+                if let Some(meters) = self.meters {
+                    meters.stalls.add(1);
+                }
                 break;
             }
             lane.current = None;
+            let end = self.next_sequence(lane);
+            if let Some(task) = lane.replay.close(end) {
+                lane.load -= task.bytes();
+            }
         }
         self.flush(lane)
+    }
+
+    /// The number of the next request that is built.
+    fn next_sequence(&self, lane: &Lane) -> u64 {
+        lane.ledger.next_sequence() + self.scratch.requests.len() as u64
     }
 
     /// Takes the next task that is still wanted and plans it.
     fn next_task(&mut self, lane: &mut Lane) -> bool {
         while let Some(task) = lane.queue.pop_front() {
-            match task {
+            let current = match &task {
                 Task::Pages {
                     push: id,
                     layer,
+                    part,
                     first,
                     source,
                     from,
                     count,
                     completes,
+                    ..
                 } => {
-                    let Some(push) = self.pushes.get_mut(&id) else {
+                    let push = self.pushes.get_mut(id);
+                    let Some(push) = push.filter(|push| push.machine.may_post()) else {
+                        lane.load -= task.bytes();
                         continue;
                     };
-                    if !push.machine.may_post() {
-                        continue;
-                    }
                     lane.plan.clear();
-                    let (from, first, count) = (from as usize, first as usize, count as usize);
+                    let (from, first, count) = (*from as usize, *first as usize, *count as usize);
                     let pages = source
                         .get(from..from + count)
                         .zip(push.grant.pages().get(first..first + count));
@@ -202,21 +263,26 @@ impl Work<'_> {
                         pages
                             .zip(push.planner.as_ref())
                             .map(|((source, to), planner)| {
-                                planner.plan(layer, source, to, &mut lane.plan)
+                                planner.plan(*layer, source, to, &mut lane.plan)
                             });
                     // Pages and layers were checked when they were handed over, and the peer's layout when the push
                     // was opened.
                     debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
-                    lane.current = Some(Current::Pages {
-                        push: id,
+                    Current::Pages {
+                        push: *id,
                         next: 0,
                         done: 0,
-                        completes,
-                    });
+                        completes: completes.then(|| push.imm(*part)),
+                    }
                 }
-                Task::Tail { push } => lane.current = Some(Current::Tail { push }),
-                Task::Access { access } => lane.current = Some(Current::Access { access, done: 0 }),
-            }
+                Task::Tail { push, .. } => Current::Tail { push: *push },
+                Task::Access { access, .. } => Current::Access {
+                    access: *access,
+                    done: 0,
+                },
+            };
+            lane.current = Some(current);
+            lane.replay.begin(task, self.next_sequence(lane));
             return true;
         }
         false
@@ -468,14 +534,15 @@ impl Work<'_> {
             done += u64::from(piece.local.length);
         }
         if let Some(access) = self.accesses.get_mut(&id) {
-            access.wholly_posted = true;
+            // Otherwise the peer has told no key for the rail that the lane has moved to: the access expires.
+            access.wholly_posted = done == access.length();
         }
         Ok(true)
     }
 
     /// Adds a request to the batch under construction. Its slot has been taken.
     fn request(&mut self, lane: &mut Lane, owner: Owner, mut request: WorkRequest, bytes: u64) {
-        request.id = lane.ledger.next_sequence() + self.scratch.requests.len() as u64;
+        request.id = self.next_sequence(lane);
         lane.unsignalled += 1;
         if lane.unsignalled >= (lane.config.send_depth / 4).max(1) {
             request.signaled = true;
@@ -507,8 +574,8 @@ impl Work<'_> {
         // it was asked for. `Memory` promises that a region is mapped, and under no Rust reference, until it is
         // dropped. The `Arc` of its pool or export in the push's or access's entry, or of the arena, holds it until
         // every request has ended, because an entry ends only when all that was posted for it has been retired
-        // (`PushMachine`, `access_retired`) or after `end_session` has destroyed the lanes, as it does when a post
-        // fails half-way. (So no message of a peer may end an access that moves bytes, as `region_accepted` and
+        // (`PushMachine`, `access_retired`) or after `writer_lost` or `end_session` has destroyed the lane, as the
+        // former does when a post fails half-way. (So no message of a peer may end an access that moves bytes, as `region_accepted` and
         // `region_refused` end one that opens.) When the core is dropped, its rails go before the entries. An access
         // holds its local region's handle, so that region stays registered though its owner may have gone. That source
         // pages do not change is asked of the pusher; if they do, the peer gets a mix. Inline elements are
@@ -522,16 +589,17 @@ impl Work<'_> {
             Ok(()) => self.scratch.requests.len(),
             Err(error) => error.posted.min(self.scratch.requests.len()),
         } as u32;
+        let (mut bytes, writes) = (0, u64::from(posted));
         for batch in &self.scratch.batches {
             let requests = batch.requests.min(posted);
             posted -= requests;
+            bytes += if requests > 0 { batch.bytes } else { 0 };
             lane.ledger.post(Batch { requests, ..*batch });
             match batch.owner {
                 Owner::Push(id) => {
                     if let Some(push) = self.pushes.get_mut(&id) {
                         push.machine.posted(requests);
                         push.requests += u64::from(requests);
-                        push.bytes += batch.bytes;
                     }
                 }
                 Owner::Access(id) => {
@@ -544,6 +612,10 @@ impl Work<'_> {
         self.scratch.requests.clear();
         self.scratch.sges.clear();
         self.scratch.batches.clear();
+        if let Some(meters) = self.meters {
+            meters.bytes.add(bytes);
+            meters.writes.add(writes);
+        }
         result.map_err(|error| error.source)
     }
 }

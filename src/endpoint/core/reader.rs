@@ -4,8 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Core,
-    session::{Phase, Session},
+    session::{LaneState, Phase, Session},
     timers::Timer,
+    watch::Watch,
     windows::{Opening, SHUT, Windows},
 };
 use crate::{
@@ -30,7 +31,7 @@ pub(crate) struct ArrivalEntry {
     pub(crate) pool: Arc<PoolHandle>,
     pub(crate) shared: Arc<ArrivalShared>,
     pub(crate) tail_slot: TailSlot,
-    parts: PartMap,
+    pub(super) parts: PartMap,
     blocks: Blocks,
     valid_for: Duration,
     /// Whether devices are told of what has arrived before the caller is.
@@ -40,6 +41,7 @@ pub(crate) struct ArrivalEntry {
     pub(super) opened: Option<(ConnId, u64, u16)>,
     /// The keys that its writer has instead of those of regions, or will have.
     pub(super) windows: Option<Windows>,
+    pub(super) watch: Watch,
 }
 
 impl ArrivalEntry {
@@ -64,6 +66,7 @@ impl ArrivalEntry {
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
             windows: None,
+            watch: Watch::default(),
         }
     }
 }
@@ -72,6 +75,21 @@ impl ArrivalEntry {
     /// Whether no writer has opened it.
     pub(super) fn is_granted(&self) -> bool {
         self.machine.is_granted()
+    }
+
+    /// The writer's number for the push that opened it.
+    pub(super) fn push(&self) -> u64 {
+        self.opened.map_or(0, |(_, push, _)| push)
+    }
+
+    /// The session that opened it.
+    pub(super) fn session(&self) -> u64 {
+        self.opened.map_or(0, |(conn, ..)| conn.0)
+    }
+
+    /// Parts that have not arrived.
+    pub(super) fn missing(&self) -> u32 {
+        self.parts.missing()
     }
 
     fn expired(&self) -> ArrivalError {
@@ -99,6 +117,7 @@ impl Core {
         let slot = entry.grant.id().slot;
         self.timers
             .at(entry.machine.next_deadline(), Timer::Arrival(slot));
+        self.tell_grant(&entry);
         self.arrivals.insert(slot, entry);
     }
 
@@ -136,12 +155,7 @@ impl Core {
         match self.try_open(conn, open) {
             Ok(()) => {}
             Err((code, detail)) => {
-                let peer = self
-                    .sessions
-                    .get(&conn)
-                    .map(Session::name)
-                    .unwrap_or_default();
-                tracing::info!(peer, %code, detail, "grant refused");
+                self.tell_refused(conn, Some(open.grant), code, detail);
                 let refuse = Refuse {
                     push: open.push,
                     code,
@@ -221,13 +235,15 @@ impl Core {
     /// Tells the writer that has opened the grant in `slot` where to write: through `windows`, or with the keys of
     /// regions.
     pub(super) fn accept(&mut self, slot: u32, tell_pool: bool, windows: Option<GrantWindows>) {
+        let opened = self.arrivals.get(&slot).and_then(|arrival| arrival.opened);
+        let Some((conn, push, imm_slot)) = opened else {
+            return;
+        };
+        let rails = match windows {
+            None => self.rails_of_session(conn),
+            Some(_) => Vec::new(),
+        };
         let Some(arrival) = self.arrivals.get_mut(&slot) else {
-            return;
-        };
-        let Some((conn, push, imm_slot)) = arrival.opened else {
-            return;
-        };
-        let Some(session) = self.sessions.get(&conn) else {
             return;
         };
         let Some(remaining) = arrival.machine.open(self.now) else {
@@ -251,11 +267,13 @@ impl Core {
             .shared
             .signal
             .update(|state| state.keys = Some(keys));
-        let rails = match windows {
-            None => session.rails(),
-            Some(_) => Vec::new(),
-        };
         let record = &arrival.pool.record;
+        // A writer takes a rail without keys for one that the pool does not use.
+        let told: Vec<usize> = rails
+            .iter()
+            .copied()
+            .filter(|&rail| record.uses(rail))
+            .collect();
         let pool = tell_pool.then(|| PoolDescriptor {
             pool: record.id,
             layout: record.layout.clone(),
@@ -264,9 +282,10 @@ impl Core {
                 .iter()
                 .map(|region| RegionDescriptor {
                     length: region.length(),
-                    keys: region_keys(region, &rails),
+                    keys: region_keys(region, &told),
                 })
                 .collect(),
+            distances: record.rails.iter().map(|rail| rail.unwrap_or(0)).collect(),
         });
         let accept = Accept {
             push,
@@ -283,6 +302,7 @@ impl Core {
             windows,
             pool,
         };
+        self.tell_arrival_open(conn, slot);
         self.send(conn, &Message::Accept(Box::new(accept)));
     }
 
@@ -295,21 +315,29 @@ impl Core {
         let Some(lane) = session.lanes.get_mut(index) else {
             return;
         };
-        if let Some(count) = lane.receive.consume() {
+        if let Some(rail) = session.meters.as_ref().and_then(|m| m.rail(lane.rail)) {
+            rail.parts.add(1);
+        }
+        // A lane that fails gets no more receives, but what it has placed counts.
+        let due = match lane.state {
+            LaneState::Up => lane.receive.consume(),
+            _ => None,
+        };
+        if let Some(count) = due {
             let id = lane.id;
             match self.rails[lane.rail].context.post_receives(id, count) {
                 Ok(()) => {
-                    let total = lane.receive.posted(count);
+                    lane.receives += count;
+                    let (total, epoch) = (lane.receive.posted(count), lane.epoch);
                     let lane = index as u16;
-                    self.send(conn, &Message::Credits(Credits { lane, total }));
+                    self.send(conn, &Message::Credits(Credits { lane, epoch, total }));
                 }
                 Err(source) => {
                     let error = PeerError::Fabric {
                         peer: session.name(),
                         source: source.into(),
                     };
-                    self.end_session(conn, error, Some((GoodbyeCode::Error, "no receives")));
-                    return;
+                    self.lane_failed(conn, index, error);
                 }
             }
         }
@@ -449,7 +477,9 @@ impl Core {
             ArrivalAction::SendRevoke { expired } => {
                 self.timers
                     .at(arrival.machine.next_deadline(), Timer::Arrival(slot));
-                let Some((conn, push, _)) = arrival.opened else {
+                let opened = arrival.opened;
+                self.tell_revoking(slot, expired);
+                let Some((conn, push, _)) = opened else {
                     return;
                 };
                 let reason = if expired {
@@ -466,9 +496,10 @@ impl Core {
                 let Some(arrival) = self.arrivals.get(&slot) else {
                     return;
                 };
-                let Some((conn, ..)) = arrival.opened else {
+                let Some((conn, push, _)) = arrival.opened else {
                     return;
                 };
+                self.tell_forced(conn, push, Some(slot));
                 let Some(session) = self.sessions.get(&conn) else {
                     return;
                 };
@@ -518,10 +549,8 @@ impl Core {
             .pool
             .record
             .release(arrival.grant.pages(), arrival.grant.heads());
-        arrival
-            .shared
-            .signal
-            .update(|state| state.end = Some(result));
+        let trace = self.tell_arrival_end(&arrival, result.as_ref().map(|&()| ()));
+        arrival.shared.end(result, trace);
     }
 
     /// The lanes of a session are gone: nothing of its grants can land any more. Unless they could not be fenced: then
@@ -561,10 +590,8 @@ impl Core {
             };
             self.count_arrival(false);
             let failure = ArrivalError::Unfenced(Box::new(source.clone()));
-            arrival
-                .shared
-                .signal
-                .update(|state| state.end = Some(Err(failure)));
+            let trace = self.tell_arrival_end(&arrival, Err(&failure));
+            arrival.shared.end(Err(failure), trace);
             // Its memory, its reservation and its tail buffer stay as they are for the life of the process.
             std::mem::forget(arrival);
         }

@@ -154,6 +154,10 @@ pub(super) struct RemotePool {
     lengths: Vec<u64>,
     /// By the peer's rail: one target for each region.
     pub(super) targets: HashMap<u8, Arc<[Target]>>,
+    /// How far the peer's rails are from it.
+    distances: Vec<u8>,
+    /// Whether each rail that was named has its keys. A rail that is not named is one that the pool does not use.
+    is_sound: bool,
     /// Whether some region is cut on some rail, so that writes may have to be.
     pub(super) is_cut: bool,
     /// Made for this layout, so they live and end with it: by source pool, heads and limits.
@@ -191,10 +195,13 @@ impl RemotePool {
                 }
             }
         }
+        let named = targets.len();
         targets.retain(|_, list| list.len() == lengths.len());
         Ok(Self {
             layout: descriptor.layout,
             lengths,
+            distances: descriptor.distances,
+            is_sound: targets.len() == named,
             is_cut: targets.values().flatten().any(|target| !target.is_whole()),
             targets: targets
                 .into_iter()
@@ -202,6 +209,11 @@ impl RemotePool {
                 .collect(),
             planners: Mutex::default(),
         })
+    }
+
+    /// How far the peer's `rail` is from it; the peer's claim, good for a preference and nothing else.
+    pub(super) fn distance(&self, rail: u8) -> u8 {
+        self.distances.get(usize::from(rail)).copied().unwrap_or(0)
     }
 
     fn planner(
@@ -249,12 +261,31 @@ pub(super) fn prepare(
             .ok_or_else(|| protocol("no description of the pool"))?,
     };
     if accept.windows.is_none()
-        && session
-            .lanes
-            .iter()
-            .any(|lane| !remote.targets.contains_key(&lane.remote_rail))
+        && !session.lanes.iter().any(|lane| {
+            push.source.record.uses(lane.rail) && remote.targets.contains_key(&lane.remote_rail)
+        })
     {
-        return Err(protocol("a rail without keys"));
+        if !remote.is_sound {
+            return Err(protocol("a rail without keys"));
+        }
+        let rails = |theirs| {
+            let mut rails: Vec<String> = session
+                .lanes
+                .iter()
+                .filter(|lane| match theirs {
+                    true => remote.targets.contains_key(&lane.remote_rail),
+                    false => push.source.record.uses(lane.rail),
+                })
+                .map(|lane| rails[lane.rail].device.info().name.clone())
+                .collect();
+            rails.sort();
+            rails.dedup();
+            rails
+        };
+        return Err(PushError::NoLane {
+            ours: rails(false),
+            theirs: rails(true),
+        });
     }
     let limits = PlanLimits {
         max_sge: session

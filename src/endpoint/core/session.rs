@@ -6,19 +6,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use super::{
-    Core,
+    Core, Rail,
     limits::RemotePools,
     liveness::Liveness,
     pump::{Current, Owner, Task},
 };
 use crate::{
-    endpoint::control::ConnId,
+    endpoint::{PeerError, control::ConnId, telemetry::meters::PeerMeters},
     fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
     kv::Plan,
-    protocol::{LaneLedger, ReceiveCredits, SendCredits},
+    protocol::{Backoff, LaneLedger, ReceiveCredits, ReplayLedger, SendCredits, Time},
     wire::Incarnation,
 };
 
@@ -52,6 +53,8 @@ pub(super) struct Session {
     /// Who it is, once it has said so.
     pub(super) incarnation: Option<Incarnation>,
     pub(super) liveness: Liveness,
+    /// Where it is counted, once the peer has said who it is.
+    pub(super) meters: Option<Arc<PeerMeters>>,
     pub(super) lanes: Vec<Lane>,
     /// Dialler: who is expected to answer.
     pub(super) expected: Option<Incarnation>,
@@ -63,6 +66,14 @@ pub(super) struct Session {
     pub(super) remote_pools: RemotePools,
     /// Dialler: where the next block goes if all lanes are equally busy.
     pub(super) next_lane: usize,
+    /// Dialler: since when no lane works.
+    pub(super) down_since: Option<Time>,
+    /// Dialler: when its recovery is looked at next.
+    pub(super) recovery_at: Option<Time>,
+    /// How the last lane failed that did.
+    pub(super) last_failure: Option<PeerError>,
+    /// Acceptor: the fabric of its lanes.
+    pub(super) kind: Option<FabricKind>,
     /// Acceptor: the grant slot behind each slot of an immediate.
     pub(super) slots: Vec<Option<u32>>,
     /// Acceptor: pushes whose windows were taken back while their writer was silent, and their slots of the immediate,
@@ -83,12 +94,17 @@ impl Session {
             peer_name,
             incarnation: None,
             liveness: Liveness::default(),
+            meters: None,
             lanes: Vec::new(),
             expected: None,
             untried: Vec::new(),
             pushes: BTreeSet::new(),
             remote_pools: RemotePools::default(),
             next_lane: 0,
+            down_since: None,
+            recovery_at: None,
+            last_failure: None,
+            kind: None,
             slots: Vec::new(),
             shut: BTreeMap::new(),
             waiting: Vec::new(),
@@ -117,25 +133,6 @@ impl Session {
         }
     }
 
-    /// The lane with the least to do; in turn, if several have.
-    pub(super) fn least_loaded(&mut self) -> u16 {
-        let count = self.lanes.len().max(1);
-        let start = self.next_lane % count;
-        self.next_lane = start + 1;
-        (0..self.lanes.len())
-            .map(|step| (start + step) % count)
-            .min_by_key(|&lane| self.lanes[lane].backlog())
-            .unwrap_or(0) as u16
-    }
-
-    /// Our rails that its lanes use, each once.
-    pub(super) fn rails(&self) -> Vec<usize> {
-        let mut rails: Vec<usize> = self.lanes.iter().map(|lane| lane.rail).collect();
-        rails.sort_unstable();
-        rails.dedup();
-        rails
-    }
-
     /// The peer for people: its own name, and its address.
     pub(super) fn name(&self) -> String {
         match self.peer {
@@ -146,10 +143,36 @@ impl Session {
     }
 }
 
-/// One lane of a session.
+/// How a lane is. See `docs/protocol.md` for the messages that lead from one state to the next.
+#[derive(Debug)]
+pub(super) enum LaneState {
+    /// It works, as far as is known; before the session is ready, it has been offered.
+    Up,
+    /// Reader: it has failed and is ended here as soon as all completions have been looked at.
+    Failing,
+    /// Reader: its end here is gone, and the writer has been told.
+    Lost,
+    /// Writer: its end here is gone, and the reader has been asked whether the parts of `asked` were counted.
+    Fencing { since: Time, asked: Vec<(u64, u32)> },
+    /// Both ends are gone. The writer offers it again at `renew_at`, or when its rail can be used again.
+    Down { renew_at: Option<Time> },
+    /// Writer: a new end has been offered.
+    Renewing { since: Time },
+    /// Reader: the last offer was refused.
+    Refused,
+}
+
+/// One lane of a session: a slot that keeps its place, its rails and its queue while queue pairs come and go.
 pub(super) struct Lane {
+    pub(super) state: LaneState,
+    /// How often it has been offered since the session was made.
+    pub(super) epoch: u32,
     pub(super) rail: usize,
     pub(super) remote_rail: u8,
+    /// The rail here (reader) or there (writer) that it belongs to, though it may be on another while that fails.
+    pub(super) home: u8,
+    /// The slower of both rails, in bits per second; 0 if unknown.
+    pub(super) speed: u64,
     pub(super) id: LaneId,
     pub(super) config: LaneConfig,
     /// Completion-queue entries reserved.
@@ -159,6 +182,13 @@ pub(super) struct Lane {
     /// Receives the peer posts on its end.
     pub(super) peer_receives: u32,
     pub(super) ledger: LaneLedger<Owner>,
+    /// Reader: receives posted and not completed.
+    pub(super) receives: u32,
+    /// Writer: the tasks behind the requests in flight.
+    pub(super) replay: ReplayLedger<Task>,
+    pub(super) backoff: Backoff,
+    /// Bytes of `queue` and `replay`.
+    pub(super) load: u64,
     pub(super) queue: VecDeque<Task>,
     pub(super) current: Option<Current>,
     pub(super) plan: Plan,
@@ -167,9 +197,52 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// How much is waiting, to find the least loaded lane.
-    pub(super) fn backlog(&self) -> u64 {
-        self.queue.len() as u64 + u64::from(self.current.is_some()) + self.ledger.in_flight()
+    /// Whether there is a queue pair.
+    pub(super) fn is_live(&self) -> bool {
+        matches!(
+            self.state,
+            LaneState::Up | LaneState::Failing | LaneState::Renewing { .. }
+        )
+    }
+
+    /// Whether work can be posted.
+    pub(super) fn works(&self, rails: &[Rail]) -> bool {
+        let rail = rails.get(self.rail);
+        matches!(self.state, LaneState::Up)
+            && rail.is_some_and(|rail| !rail.dead && rail.down_since.is_none())
+    }
+
+    /// Adds work.
+    pub(super) fn enqueue(&mut self, task: Task) {
+        self.load += task.bytes();
+        self.queue.push_back(task);
+    }
+
+    /// Puts a new queue pair into this slot. What is queued stays.
+    pub(super) fn replace(&mut self, new: Self) {
+        let Self {
+            rail,
+            remote_rail,
+            id,
+            config,
+            reserved,
+            send,
+            receive,
+            receives,
+            ..
+        } = new;
+        self.rail = rail;
+        self.remote_rail = remote_rail;
+        self.id = id;
+        self.config = config;
+        self.reserved = reserved;
+        self.send = send;
+        self.receive = receive;
+        self.receives = receives;
+        self.peer_receives = 0;
+        self.ledger = LaneLedger::new();
+        self.current = None;
+        self.unsignalled = 0;
     }
 }
 
@@ -182,9 +255,31 @@ impl Core {
 
     /// The rails of `kind` that can be used.
     pub(super) fn rails_of(&self, kind: FabricKind) -> Vec<usize> {
+        let usable: Vec<usize> = self
+            .all_rails_of(kind)
+            .into_iter()
+            .filter(|&rail| self.rails[rail].is_usable())
+            .collect();
+        // Those whose port is down only if there is nothing else.
+        let up: Vec<usize> = usable
+            .iter()
+            .copied()
+            .filter(|&rail| self.rails[rail].down_since.is_none())
+            .collect();
+        if up.is_empty() { usable } else { up }
+    }
+
+    /// The rails of `kind`, whatever their state. A lane may move between them, so peers are told the keys of all.
+    pub(super) fn all_rails_of(&self, kind: FabricKind) -> Vec<usize> {
         (0..self.rails.len())
-            .filter(|&rail| self.rails[rail].kind == kind && self.rails[rail].is_usable())
+            .filter(|&rail| self.rails[rail].kind == kind)
             .collect()
+    }
+
+    /// Our rails that lanes of `conn` may use, each once.
+    pub(super) fn rails_of_session(&self, conn: ConnId) -> Vec<usize> {
+        let kind = self.sessions.get(&conn).and_then(|session| session.kind);
+        kind.map_or_else(Vec::new, |kind| self.all_rails_of(kind))
     }
 
     /// The kinds of fabric there are, as a mask.
@@ -222,9 +317,18 @@ impl Core {
         }
         let (id, address) = rail_ref.context.create_lane(&config)?;
         rail_ref.completions_free -= reserved;
+        let seed = u64::from_le_bytes(self.incarnation.0[..8].try_into().unwrap_or_default());
+        let speed = rail_ref.device.info().bits_per_second;
         let lane = Lane {
+            state: LaneState::Up,
+            epoch: 0,
             rail,
             remote_rail,
+            home: match role {
+                Role::Dialler => remote_rail,
+                Role::Acceptor => rail as u8,
+            },
+            speed,
             id,
             config,
             reserved,
@@ -232,6 +336,10 @@ impl Core {
             receive: ReceiveCredits::new(config.receive_depth),
             peer_receives: 0,
             ledger: LaneLedger::new(),
+            receives: config.receive_depth,
+            replay: ReplayLedger::new(),
+            backoff: Backoff::new(seed ^ u64::from(id.0) << 8 ^ rail as u64, self.now),
+            load: 0,
             queue: VecDeque::new(),
             current: None,
             plan: Plan::default(),
@@ -268,24 +376,38 @@ impl Core {
         }
     }
 
-    /// Fences and frees `lanes`. On success nothing of the peer can land through them.
+    /// Fences and frees `lanes`, as far as they have queue pairs. On success nothing of the peer can land through them.
     ///
     /// A device that refuses to end a queue pair is not to be trusted: the first such error is returned, its rail is
     /// not used again, and the reservations of the lane are not given back.
     pub(super) fn destroy_lanes(&mut self, lanes: &mut [Lane]) -> Result<(), FabricError> {
         let mut result = Ok(());
-        for lane in lanes {
-            self.lanes.remove(&(lane.rail, lane.id));
-            let rail = &mut self.rails[lane.rail];
-            match rail.context.destroy_lane(lane.id) {
-                Ok(()) => rail.completions_free += lane.reserved,
-                Err(error) => {
-                    tracing::error!(%error, "a lane could not be fenced");
-                    rail.distrusted = true;
-                    result = result.and(Err(error));
-                }
-            }
+        for lane in lanes.iter().filter(|lane| lane.is_live()) {
+            let destroyed = self.destroy_lane(lane.rail, lane.id, lane.reserved);
+            result = result.and(destroyed);
         }
         result
+    }
+
+    /// The same for one lane.
+    pub(super) fn destroy_lane(
+        &mut self,
+        rail: usize,
+        id: LaneId,
+        reserved: u32,
+    ) -> Result<(), FabricError> {
+        self.lanes.remove(&(rail, id));
+        let on = &mut self.rails[rail];
+        match on.context.destroy_lane(id) {
+            Ok(()) => {
+                on.completions_free += reserved;
+                Ok(())
+            }
+            Err(error) => {
+                on.distrusted = true;
+                self.tell_fence_failed(rail, id, &error);
+                Err(error)
+            }
+        }
     }
 }

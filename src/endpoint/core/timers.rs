@@ -12,6 +12,10 @@ pub(super) enum Timer {
     Arrival(u32),
     Access(u64),
     Connect(ConnId),
+    /// The lanes of a session.
+    Recovery(ConnId),
+    /// The port of a rail.
+    Rail(usize),
     Hello(ConnId),
     Alive(ConnId),
     Drain,
@@ -32,6 +36,10 @@ impl Timers {
         self.0.peek().map(|Reverse((time, _))| *time)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     fn due(&mut self, now: Time) -> Option<Timer> {
         self.next().filter(|&time| time <= now)?;
         self.0.pop().map(|Reverse((_, timer))| timer)
@@ -49,10 +57,13 @@ impl Core {
                 Timer::Arrival(slot) => self.arrival_timer(slot),
                 Timer::Access(id) => self.access_timer(id),
                 Timer::Connect(conn) => self.connect_timer(conn),
+                Timer::Recovery(conn) => self.recovery_timer(conn),
+                Timer::Rail(rail) => self.rail_timer(rail),
                 Timer::Hello(conn) => self.hello_timer(conn),
                 Timer::Alive(conn) => self.alive_timer(conn),
                 Timer::Drain => self.drain_timer(),
             }
+            self.end_failing();
         }
         active
     }

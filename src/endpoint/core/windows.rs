@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 
 use super::{
     Core, Rail,
-    session::{Lane, Session},
+    session::{Lane, LaneState, Session},
     timers::Timer,
 };
 use crate::{
@@ -276,7 +276,8 @@ impl Core {
 
     /// Begins to bind the windows of the grant in `slot`, which `conn` wants to open, if it is to have any.
     pub(super) fn begin_windows(&mut self, conn: ConnId, slot: u32, open: &Open) -> Opening {
-        const NONE: Opening = Opening::Refused(RefuseCode::Other, "a rail has no memory windows");
+        const NONE: Opening =
+            Opening::Refused(RefuseCode::Other, "no memory windows on every rail");
         const FEW: Opening = Opening::Refused(RefuseCode::Busy, "no memory windows are left");
         if self.config.protection == Protection::Region {
             return Opening::Region { again: false };
@@ -289,6 +290,17 @@ impl Core {
             return match must {
                 true => NONE,
                 false => Opening::Region { again: false },
+            };
+        }
+        if !session
+            .lanes
+            .iter()
+            .all(|lane| matches!(lane.state, LaneState::Up))
+        {
+            // Windows are for lanes that there are; those that are being made again would have none.
+            return match must {
+                true => FEW,
+                false => Opening::Region { again: true },
             };
         }
         let Some(arrival) = self.arrivals.get_mut(&slot) else {
@@ -304,14 +316,29 @@ impl Core {
             most,
             open.want_pool,
         );
-        match windows.filter(|windows| windows.take(&mut self.rails)) {
-            Some(windows) => {
+        match windows {
+            Some(windows) if windows.take(&mut self.rails) => {
                 arrival.windows = Some(windows);
                 Opening::Windows
             }
-            None if must => FEW,
-            None => Opening::Region { again: true },
+            Some(_) if must => FEW,
+            None if must => NONE,
+            _ => Opening::Region { again: true },
         }
+    }
+
+    /// Whether a session cannot lose a lane, because its pushes reach memory by windows: those of a lane go with it.
+    pub(super) fn relies_on_windows(&self, conn: ConnId) -> bool {
+        self.sessions.get(&conn).is_some_and(|session| {
+            let arrivals = session.slots.iter().flatten();
+            let mut arrivals = arrivals.filter_map(|slot| self.arrivals.get(slot));
+            let mut pushes = session
+                .pushes
+                .iter()
+                .filter_map(|push| self.pushes.get(push));
+            arrivals.any(|arrival| arrival.windows.is_some())
+                || pushes.any(|push| push.windows.is_some())
+        })
     }
 
     /// Posts what can be posted for the windows of an arrival, and goes on when they are as they should be.

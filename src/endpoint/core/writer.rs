@@ -4,10 +4,11 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{
     Core,
-    pump::{Current, Task},
+    pump::{Current, Owner, Task},
     remote::{LaneTargets, RemotePool, Target, prepare},
-    session::{Lane, Phase, Session},
+    session::{Lane, LaneState, Phase, Session},
     timers::Timer,
+    watch::Watch,
 };
 use crate::{
     endpoint::{
@@ -48,6 +49,7 @@ pub(crate) struct PushEntry {
     pub(super) windows: Option<HashMap<(usize, LaneId), LaneTargets>>,
     tail_bytes: u32,
     opened: Time,
+    pub(super) watch: Watch,
 }
 
 impl PushEntry {
@@ -78,6 +80,7 @@ impl PushEntry {
             windows: None,
             tail_bytes: 0,
             opened: Time(0),
+            watch: Watch::default(),
         }
     }
 
@@ -87,6 +90,25 @@ impl PushEntry {
             Some(windows) => Some(&windows.get(&(lane.rail, lane.id))?.regions),
             None => self.remote.as_ref()?.targets.get(&lane.remote_rail),
         }
+    }
+
+    /// How far both ends of a lane are from the memory there, together; nothing if a pool does not use one of them.
+    pub(super) fn distance(&self, lane: &Lane) -> Option<u16> {
+        if let Some(windows) = &self.windows
+            && !windows.contains_key(&(lane.rail, lane.id))
+        {
+            return None;
+        }
+        self.rail_distance(lane.rail, lane.remote_rail)
+    }
+
+    /// The same for a lane between two rails.
+    pub(super) fn rail_distance(&self, rail: usize, theirs: u8) -> Option<u16> {
+        let ours = *self.source.record.rails.get(rail)?;
+        let remote = self.remote.as_ref()?;
+        let reached = self.windows.is_some()
+            || (remote.targets.contains_key(&theirs) && self.tail_targets.contains_key(&theirs));
+        reached.then_some(u16::from(ours?) + u16::from(remote.distance(theirs)))
     }
 
     /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
@@ -144,6 +166,7 @@ impl Core {
         self.timers
             .at(push.machine.next_deadline(), Timer::Push(id));
         self.pushes.insert(id, push);
+        self.tell_push_opening(id);
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
@@ -212,12 +235,12 @@ impl Core {
         match result {
             Ok(()) => {
                 let round_trip = self.now - push.opened;
-                tracing::debug!(push = id, ?round_trip, "push open");
                 push.shared
                     .signal
                     .update(|phase| *phase = PushPhase::Active);
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_open(conn, id, round_trip);
             }
             Err(error) => self.stop_push(id, PushEnd::Failed(error)),
         }
@@ -246,7 +269,13 @@ impl Core {
         let known = session
             .lanes
             .get_mut(index)
-            .is_some_and(|lane| lane.send.announce(credits.total, lane.peer_receives));
+            .filter(|lane| lane.epoch == credits.epoch)
+            .is_some_and(|lane| match lane.state {
+                LaneState::Up => lane.send.announce(credits.total, lane.peer_receives),
+                // Sent before the reader heard that the lane is gone here.
+                LaneState::Fencing { .. } => true,
+                _ => false,
+            });
         if known {
             self.pump(conn, index);
         } else {
@@ -296,20 +325,30 @@ impl Core {
             let part = blocks.part(layer, block);
             let remaining = &mut push.remaining[part as usize];
             *remaining -= count.min(*remaining);
-            let completes = (*remaining == 0).then(|| push.imm(part));
-            let lane = *push.lane_of[part as usize].get_or_insert_with(|| session.least_loaded());
+            let completes = *remaining == 0;
+            let bytes = push.planner.as_ref().map_or(0, |planner| {
+                let page = planner.bytes_per_page(layer).unwrap_or(0);
+                page.saturating_mul(count.into())
+            });
+            // A part keeps to its lane, except when that is gone and its work has been moved.
+            let lane = push.lane_of[part as usize].filter(|&lane| session.keeps(&self.rails, lane));
+            let lane = lane.unwrap_or_else(|| {
+                let distance = |lane: &Lane| push.distance(lane);
+                session.choose(&self.rails, self.now, bytes, distance)
+            });
+            push.lane_of[part as usize] = Some(lane);
             push.machine.queue();
-            session.lanes[usize::from(lane)]
-                .queue
-                .push_back(Task::Pages {
-                    push: id,
-                    layer,
-                    first: position,
-                    source: Arc::clone(&pages),
-                    from: position - first,
-                    count,
-                    completes,
-                });
+            session.lanes[usize::from(lane)].enqueue(Task::Pages {
+                push: id,
+                layer,
+                part,
+                first: position,
+                source: Arc::clone(&pages),
+                from: position - first,
+                count,
+                completes,
+                bytes,
+            });
             touched |= 1 << (lane % 64);
             position = until;
         }
@@ -336,8 +375,15 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        let lane = usize::from(session.least_loaded());
-        session.lanes[lane].queue.push_back(Task::Tail { push: id });
+        let (part, bytes) = (push.blocks_tail(), u64::from(push.tail_bytes));
+        let distance = |lane: &Lane| push.distance(lane);
+        let lane = usize::from(session.choose(&self.rails, self.now, bytes, distance));
+        let tail = Task::Tail {
+            push: id,
+            part,
+            bytes,
+        };
+        session.lanes[lane].enqueue(tail);
         self.pump(conn, lane);
     }
 
@@ -373,6 +419,7 @@ impl Core {
             PushAction::StopPosting => {
                 self.timers
                     .at(push.machine.next_deadline(), Timer::Push(id));
+                self.tell_push_stopping(conn, id);
                 self.drop_tasks(conn, id);
             }
             PushAction::Fence => {
@@ -384,6 +431,7 @@ impl Core {
                     peer: session.name(),
                     waited: self.config.drain_timeout,
                 };
+                self.tell_forced(conn, id, None);
                 self.end_session(
                     conn,
                     error,
@@ -418,9 +466,9 @@ impl Core {
                     }
                     self.leave_session(conn, id);
                 }
-                push.shared
-                    .signal
-                    .update(|phase| *phase = PushPhase::Ended(result));
+                let after = self.now - push.opened;
+                let trace = self.tell_push_end(&push, after, result.as_ref().map(|_| ()));
+                push.shared.end(result, trace);
             }
         }
     }
@@ -460,12 +508,18 @@ impl Core {
             return;
         };
         for lane in &mut session.lanes {
+            let load = &mut lane.load;
             lane.queue.retain(|task| {
-                !matches!(task, Task::Pages { push, .. } | Task::Tail { push } if *push == id)
+                let other = task.owner() != Owner::Push(id);
+                *load -= if other { 0 } else { task.bytes() };
+                other
             });
             if matches!(lane.current, Some(Current::Pages { push, .. } | Current::Tail { push }) if push == id)
             {
                 lane.current = None;
+                if let Some(task) = lane.replay.close(lane.ledger.next_sequence()) {
+                    lane.load -= task.bytes();
+                }
             }
         }
     }
@@ -487,9 +541,9 @@ impl Core {
                     };
                     self.count_push(false);
                     let failure = PushError::Unfenced(Box::new(source.clone()));
-                    push.shared
-                        .signal
-                        .update(|phase| *phase = PushPhase::Ended(Err(failure)));
+                    let after = self.now - push.opened;
+                    let trace = self.tell_push_end(&push, after, Err(&failure));
+                    push.shared.end(Err(failure), trace);
                     std::mem::forget(push);
                 }
                 _ => self.stop_push(id, PushEnd::Failed(PushError::Peer(error.clone()))),

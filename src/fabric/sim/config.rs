@@ -15,7 +15,7 @@ pub struct SimConfig {
     pub free_running: bool,
     /// One-way delay of a packet in nanoseconds, drawn for each; packets of one lane still arrive in order.
     pub latency: RangeInclusive<u64>,
-    /// Speed of each device's port.
+    /// Speed of each device's port, unless [`set_speed`](super::SimNet::set_speed) changes it.
     pub bits_per_second: u64,
     /// Whether completions of different work queues are delivered in random order. Off, they come as they were made.
     pub reorder_completions: bool,
@@ -45,12 +45,12 @@ impl SimConfig {
         }
     }
 
-    /// How long the port is busy with a packet of `bytes` payload, at least 1 ns.
-    pub(super) fn wire_time(&self, bytes: u64) -> u64 {
+    /// How long a port of that speed is busy with a packet of `bytes` payload, at least 1 ns.
+    pub(super) fn wire_time(bytes: u64, bits_per_second: u64) -> u64 {
         // Ethernet, IP, UDP, BTH, RETH, ICRC and the gap between frames.
         const OVERHEAD: u64 = 98;
         let bits = u128::from(bytes + OVERHEAD) * 8 * 1_000_000_000;
-        u64::try_from(bits / u128::from(self.bits_per_second.max(1)))
+        u64::try_from(bits / u128::from(bits_per_second.max(1)))
             .unwrap_or(u64::MAX)
             .max(1)
     }

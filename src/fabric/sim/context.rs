@@ -13,7 +13,7 @@ use super::{
 };
 use crate::fabric::{
     Completion, CompletionKind, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig,
-    LaneId, MrId, PostError, Sge, Window, WindowBind, WindowId, WorkRequest,
+    LaneId, MrId, PostError, RailEvent, Sge, Window, WindowBind, WindowId, WorkRequest,
 };
 
 /// Most completions of one poll.
@@ -102,7 +102,9 @@ impl SimContext {
 
     fn has_completions(&self, world: &World) -> bool {
         world.devices.get(self.device.index).is_none_or(|device| {
-            device.gone.is_some() || device.queue.as_ref().is_none_or(|queue| !queue.is_empty())
+            device.gone.is_some()
+                || !device.events.is_empty()
+                || device.queue.as_ref().is_none_or(|queue| !queue.is_empty())
         })
     }
 }
@@ -280,6 +282,13 @@ impl Context for SimContext {
         Ok(())
     }
 
+    fn events(&mut self, out: &mut Vec<RailEvent>) {
+        let mut world = self.device.world.lock();
+        if let Some(device) = world.devices.get_mut(self.device.index) {
+            out.append(&mut device.events);
+        }
+    }
+
     fn arm(&mut self) -> Result<bool, FabricError> {
         let mut world = self.world("arm")?;
         self.drive(&mut world);
@@ -322,7 +331,13 @@ impl Context for SimContext {
 
     fn destroy_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
         const OPERATION: &str = "destroy lane";
-        let mut world = self.world(OPERATION)?;
+        let mut world = self.device.world.lock();
+        if let Some(device) = world.devices.get(self.device.index)
+            && device.gone.is_some()
+        {
+            // Its lanes went with it, as a kernel sees to when a device is pulled out.
+            return Ok(());
+        }
         let removed = world.devices.get_mut(self.device.index).and_then(|device| {
             if let Some(queue) = device.queue.as_mut() {
                 queue.discard(lane);

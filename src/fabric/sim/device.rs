@@ -43,7 +43,7 @@ impl SimDevice {
             port: PORT,
             address: format!("sim:{name}"),
             link: LinkState::Active,
-            bits_per_second: guard.config.bits_per_second,
+            bits_per_second: guard.devices[index].bits_per_second,
             pci,
             caps: guard.config.caps.clone(),
         };

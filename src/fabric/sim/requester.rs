@@ -33,6 +33,12 @@ impl World {
         let lane = device.lanes.get(&at.lane)?;
         let (psn, to) = (lane.next_send, lane.peer?);
         let request = lane.request_of(psn)?;
+        if let Some((name, id, status)) = &self.faults.failing_request
+            && (name, *id) == (&device.name, request.id)
+        {
+            let (first, status) = (request.first, *status);
+            return self.fail_request(at, first, status);
+        }
         let offset = (psn - request.first) * mtu;
         let left = request.length - offset;
         let length = left.min(mtu);
@@ -102,6 +108,18 @@ impl World {
             body,
         });
         Some(bytes)
+    }
+
+    /// A request is to fail on demand, once those before it are done.
+    fn fail_request(&mut self, at: At, first: u64, status: Status) -> Option<u64> {
+        let lane = self.lane_mut(at)?;
+        if lane.acked < first {
+            lane.stalled_until = first;
+        } else {
+            self.faults.failing_request = None;
+            self.fail_oldest(at, status);
+        }
+        None
     }
 
     /// The gather list is not allowed: the request fails once those before it, which start below `first`, are done.

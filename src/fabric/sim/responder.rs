@@ -68,9 +68,11 @@ impl World {
             return;
         }
         let length = chunk.data.len() as u64;
+        let starved = &self.faults.starved;
         let Some(device) = self.devices.get_mut(at.device) else {
             return;
         };
+        let starved = starved.contains(&device.name);
         // An empty message touches no memory and needs no key. Others are checked with every packet, since the
         // registration can end in between.
         let span = if chunk.length == 0 {
@@ -90,11 +92,13 @@ impl World {
             }
             part
         };
-        let Some(lane) = device.lanes.get_mut(&at.lane) else {
+        let claimed = chunk.imm.is_some() && self.claims_no_receive();
+        let Some(lane) = self.lane_mut(at) else {
             return;
         };
-        if chunk.imm.is_some() && lane.receives == 0 {
+        if claimed || (chunk.imm.is_some() && (lane.receives == 0 || starved)) {
             lane.nak_sent = true;
+            self.stats.unready += u64::from(!claimed && !starved);
             self.answer(at, from, psn, Body::NotReady);
             return;
         }

@@ -15,6 +15,8 @@ pub struct SimStats {
     pub lost: u64,
     /// Packets that reached a lane which was fenced, destroyed, not connected or another's, and were dropped.
     pub refused: u64,
+    /// Immediates that met no receive.
+    pub unready: u64,
     /// Times a requester waited because the peer had no receive posted.
     pub rnr_waits: u64,
     /// Times a requester heard nothing in time.

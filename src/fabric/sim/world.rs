@@ -16,7 +16,9 @@ use super::{
     stats::SimStats,
     trace::{Recorder, TraceEvent},
 };
-use crate::fabric::{Completion, CompletionKind, FabricError, FabricErrorKind, LaneId, Status};
+use crate::fabric::{
+    Completion, CompletionKind, FabricError, FabricErrorKind, LaneId, RailEvent, Status,
+};
 
 /// The port number that every device has.
 pub(super) const PORT: u8 = 1;
@@ -37,10 +39,13 @@ pub(super) struct DeviceState {
     pub(super) queue: Option<CompletionQueue>,
     pub(super) lanes: BTreeMap<LaneId, Lane>,
     pub(super) next_lane: u32,
+    pub(super) bits_per_second: u64,
     /// Lanes in line for the port.
     ready: Vec<LaneId>,
     transmit_queued: bool,
     port_free_at: u64,
+    /// What its context has not handed out yet.
+    pub(super) events: Vec<RailEvent>,
 }
 
 impl DeviceState {
@@ -103,9 +108,11 @@ impl World {
             queue: None,
             lanes: BTreeMap::new(),
             next_lane: 1,
+            bits_per_second: self.config.bits_per_second,
             ready: Vec::new(),
             transmit_queued: false,
             port_free_at: 0,
+            events: Vec::new(),
         });
         self.devices.len() - 1
     }
@@ -228,7 +235,8 @@ impl World {
             lane.queued = false;
         }
         let bytes = self.send_next(at);
-        let busy = bytes.map_or(0, |bytes| self.config.wire_time(bytes));
+        let speed = self.devices[index].bits_per_second;
+        let busy = bytes.map_or(0, |bytes| SimConfig::wire_time(bytes, speed));
         let free_at = self.now.saturating_add(busy);
         self.devices[index].port_free_at = free_at;
         self.kick(at);
@@ -236,6 +244,27 @@ impl World {
         if !device.ready.is_empty() && !device.transmit_queued {
             device.transmit_queued = true;
             self.schedule(free_at, Event::Transmit(index));
+        }
+    }
+
+    /// Has the context of a device report `event`.
+    pub(super) fn report(&mut self, index: usize, event: RailEvent) {
+        let at = At {
+            device: index,
+            lane: LaneId(0),
+        };
+        let word = match event {
+            RailEvent::PortDown => "port down",
+            RailEvent::PortActive => "port active",
+            RailEvent::AddressChanged => "address changed",
+            RailEvent::LaneFailed(_) => "lane failed",
+        };
+        self.trace(at, TraceEvent::State(word));
+        if let Some(device) = self.devices.get_mut(index) {
+            device.events.push(event);
+            if let Some(queue) = device.queue.as_mut() {
+                queue.wake();
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use std::{collections::VecDeque, net::IpAddr, os::fd::RawFd, ptr, sync::Arc};
 
 use crate::fabric::{
     Completion, CompletionKind, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig,
-    LaneId, MrId, PostError, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
+    LaneId, MrId, PostError, RailEvent, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
 };
 
 use super::{
@@ -63,6 +63,8 @@ pub(super) struct VerbsContext {
     armed: bool,
     polls: u32,
     fatal: Option<String>,
+    /// What the engine has not asked for yet.
+    events: Vec<RailEvent>,
 }
 
 // SAFETY: all pointers are to verbs objects, which any thread may use; the value is used by the one that owns it.
@@ -101,6 +103,7 @@ impl VerbsContext {
             armed: false,
             polls: 0,
             fatal: None,
+            events: Vec::new(),
         })
     }
 
@@ -499,6 +502,10 @@ impl Context for VerbsContext {
         Ok(())
     }
 
+    fn events(&mut self, out: &mut Vec<RailEvent>) {
+        out.append(&mut self.events);
+    }
+
     fn arm(&mut self) -> Result<bool, FabricError> {
         self.check_fatal("arm")?;
         if !self.stash.is_empty() {
@@ -512,7 +519,7 @@ impl Context for VerbsContext {
         // Completions that came before the queue was armed make no event.
         self.drain_to_stash()?;
         self.settle_failures()?;
-        Ok(self.stash.is_empty() && self.fatal.is_none())
+        Ok(self.stash.is_empty() && self.events.is_empty() && self.fatal.is_none())
     }
 
     fn wait_fd(&self) -> RawFd {

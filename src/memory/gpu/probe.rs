@@ -85,15 +85,19 @@ pub fn probe_with(libraries: &Libraries) -> Report {
 }
 
 fn report(hip: Result<Hip, GpuError>, cuda: Result<Cuda, GpuError>, names: &Libraries) -> Report {
-    let hsa = match &hip {
-        Ok(hip) => hsa_through(hip),
-        // HSA may be there without HIP, which is worth a line although nothing uses it then.
-        Err(_) => sys::hsa::Hsa::open(names.hsa.as_deref()).map(|hsa| HsaReport {
-            file: hsa.address("hsa_init").and_then(sys::library::file_of),
-            missing: missing(sys::hsa::Hsa::SYMBOLS, |name| hsa.address(name).is_some()),
-            version: version_of(&hsa),
-        }),
-    };
+    let hsa =
+        match &hip {
+            Ok(hip) => match hip.hsa() {
+                Ok(hsa) => Ok(hsa_report(hsa, version_of(hsa))),
+                // It opens, but does not start: what it has is known all the same.
+                Err(error @ GpuError::Call { .. }) => sys::hsa::Hsa::open(names.hsa.as_deref())
+                    .map(|hsa| hsa_report(&hsa, Err(error))),
+                Err(error) => Err(error),
+            },
+            // HSA may be there without HIP, which is worth a line although nothing uses it then.
+            Err(_) => sys::hsa::Hsa::open(names.hsa.as_deref())
+                .map(|hsa| hsa_report(&hsa, version_of(&hsa))),
+        };
     Report {
         hip: hip.map(|hip| HipReport {
             file: hip.file().map(std::path::Path::to_path_buf),
@@ -112,20 +116,11 @@ fn report(hip: Result<Hip, GpuError>, cuda: Result<Cuda, GpuError>, names: &Libr
     }
 }
 
-/// HSA as HIP's exports use it, started.
-fn hsa_through(hip: &Hip) -> Result<HsaReport, GpuError> {
-    match hip.hsa() {
-        Ok(hsa) => Ok(HsaReport {
-            file: hsa.address("hsa_init").and_then(sys::library::file_of),
-            missing: missing(sys::hsa::Hsa::SYMBOLS, |name| hsa.address(name).is_some()),
-            version: version_of(hsa),
-        }),
-        Err(error @ GpuError::Call { .. }) => Ok(HsaReport {
-            file: None,
-            missing: Vec::new(),
-            version: Err(error),
-        }),
-        Err(error) => Err(error),
+fn hsa_report(hsa: &sys::hsa::Hsa, version: Result<(u16, u16), GpuError>) -> HsaReport {
+    HsaReport {
+        file: hsa.address("hsa_init").and_then(sys::library::file_of),
+        missing: missing(sys::hsa::Hsa::SYMBOLS, |name| hsa.address(name).is_some()),
+        version,
     }
 }
 

@@ -143,6 +143,7 @@ fn descriptor(region: fn(u16) -> u16, offset: fn(u64) -> u64) -> PoolDescriptor 
             layers,
         },
         regions: vec![region; 256],
+        distances: vec![1; 8],
     }
 }
 
@@ -202,6 +203,7 @@ fn the_largest_descriptor_fits_a_message() {
         pool: PoolId(0),
         layout: KvLayout { pages: 0, layers },
         regions: vec![region; 4096],
+        distances: vec![6; 16],
     });
     assert!(size < MAX_MESSAGE, "{size}");
 }

@@ -111,13 +111,15 @@ fn region_keys() -> impl Strategy<Value = Vec<RegionKey>> {
 fn pool() -> impl Strategy<Value = PoolDescriptor> {
     let region =
         (any::<u64>(), region_keys()).prop_map(|(length, keys)| RegionDescriptor { length, keys });
-    (any::<u32>(), layout(), vec(region, 0..20)).prop_map(|(pool, layout, regions)| {
-        PoolDescriptor {
+    let distances = vec(any::<u8>(), 0..=16);
+    (any::<u32>(), layout(), vec(region, 0..20), distances).prop_map(
+        |(pool, layout, regions, distances)| PoolDescriptor {
             pool: PoolId(pool),
             layout,
             regions,
-        }
-    })
+            distances,
+        },
+    )
 }
 
 fn hello() -> impl Strategy<Value = Message> {
@@ -161,7 +163,13 @@ fn hello() -> impl Strategy<Value = Message> {
 
 fn hello_ack() -> impl Strategy<Value = Message> {
     let lane =
-        (any::<u8>(), lane_address()).prop_map(|(rail, address)| LaneAnswer { rail, address });
+        (any::<u8>(), any::<u64>(), lane_address()).prop_map(|(rail, speed_bits, address)| {
+            LaneAnswer {
+                rail,
+                speed_bits,
+                address,
+            }
+        });
     (
         incarnation(),
         text(255),
@@ -263,8 +271,9 @@ pub(in crate::wire) fn message() -> impl Strategy<Value = Message> {
         open(),
         accept(),
         refuse().prop_map(|(push, code, detail)| Message::Refuse(Refuse { push, code, detail })),
-        (any::<u16>(), any::<u64>())
-            .prop_map(|(lane, total)| Message::Credits(Credits { lane, total })),
+        (any::<u16>(), any::<u32>(), any::<u64>())
+            .prop_map(|(lane, epoch, total)| Message::Credits(Credits { lane, epoch, total })),
+        lane_message(),
         (push(), select(RevokeReason::ALL))
             .prop_map(|(push, reason)| Message::Revoke(Revoke { push, reason })),
         push().prop_map(|push| Message::Drained { push }),
@@ -354,4 +363,70 @@ pub(in crate::wire) fn token_fields() -> impl Strategy<Value = RegionTokenFields
                 write,
             },
         )
+}
+
+/// The messages of a lane that fails and is made again.
+fn lane_message() -> impl Strategy<Value = Message> {
+    let name = || (any::<u16>(), any::<u32>());
+    prop_oneof![
+        (name(), text(512)).prop_map(|((lane, epoch), detail)| {
+            Message::LaneLost(LaneLost {
+                lane,
+                epoch,
+                detail,
+            })
+        }),
+        (name(), vec((any::<u64>(), any::<u32>()), 0..40)).prop_map(
+            |((lane, epoch), unacknowledged)| {
+                Message::LaneDown(LaneDown {
+                    lane,
+                    epoch,
+                    unacknowledged,
+                })
+            }
+        ),
+        (name(), vec(any::<bool>(), 0..40)).prop_map(|((lane, epoch), counted)| {
+            Message::LaneFenced(LaneFenced {
+                lane,
+                epoch,
+                counted,
+            })
+        }),
+        (name(), any::<[u8; 2]>(), lane_address()).prop_map(
+            |((lane, epoch), [rail, remote_rail], address)| {
+                Message::LaneRenew(LaneRenew {
+                    lane,
+                    epoch,
+                    rail,
+                    remote_rail,
+                    address,
+                })
+            }
+        ),
+        (
+            name(),
+            any::<u8>(),
+            any::<u64>(),
+            lane_address(),
+            any::<u32>()
+        )
+            .prop_map(|((lane, epoch), rail, speed_bits, address, receives)| {
+                Message::LaneRenewed(LaneRenewed {
+                    lane,
+                    epoch,
+                    rail,
+                    speed_bits,
+                    address,
+                    receives,
+                })
+            }),
+        (name(), select(LaneRefusal::ALL), text(512)).prop_map(|((lane, epoch), code, detail)| {
+            Message::LaneRefused(LaneRefused {
+                lane,
+                epoch,
+                code,
+                detail,
+            })
+        }),
+    ]
 }

@@ -103,9 +103,24 @@ pub(super) fn dmabufs_in_one_guest(options: &Options, machine: &Machine) -> Resu
             .with_context(|| format!("there is no test target {name:?} (see DMABUF_TESTS)"))?;
         script.push_str(&suite_script(suite, cases));
     }
+    let bench = artifacts::binary("kvpush-bench", options.release)?;
+    let bench = quote(&bench.path.to_string_lossy());
+    script.push_str(&format!(
+        "echo; echo '---- kvpush-bench, its pools in dmabufs'\n\
+         {bench} devices || failed+=(devices:$?)\n\
+         {bench} --fabric tcp --memory udmabuf {BENCH_WORKLOAD} --json /out/{BENCH_ROWS} || failed+=(bench:$?)\n"
+    ));
     script.push_str(REPORT_FAILURES);
     let guest = options.configure(Guest::alone(script));
-    report(&guest::run("dmabuf", machine, vec![guest])?)
+    let outcomes = guest::run("dmabuf", machine, vec![guest])?;
+    report(&outcomes)?;
+    let rows = rows_of(&outcomes)?;
+    let wanted = [("fabric", "tcp"), ("memory", "udmabuf->udmabuf")];
+    println!(
+        "{} rows, all in dmabufs and verified",
+        check_rows(&rows, &wanted)?
+    );
+    Ok(())
 }
 
 /// Pushes from guest `a` into guest `b`, every byte verified.
@@ -126,10 +141,13 @@ pub(super) fn bench_between_two_guests(options: &Options, machine: &Machine) -> 
 
 /// Checks the rows that the bench left in the first guest, and counts them.
 fn bench_rows(outcomes: &[Outcome]) -> Result<usize> {
+    check_rows(&rows_of(outcomes)?, &[("fabric", "verbs")])
+}
+
+/// What the bench left in the first guest.
+fn rows_of(outcomes: &[Outcome]) -> Result<String> {
     let path = outcomes.first().context("no outcome")?.out.join(BENCH_ROWS);
-    let rows = std::fs::read_to_string(&path)
-        .with_context(|| format!("the bench left no {}", path.display()))?;
-    check_bench_rows(&rows)
+    std::fs::read_to_string(&path).with_context(|| format!("the bench left no {}", path.display()))
 }
 
 /// Those of `tests` to run in a guest, and names in [`GUEST_TESTS`] which are not among them.
@@ -185,7 +203,8 @@ fn suite_script(suite: &Executable, cases: &str) -> String {
 }
 
 /// The bench's rows (a JSON array, or one object per line): how many there are; an error if any is not what it should.
-fn check_bench_rows(text: &str) -> Result<usize> {
+/// `wanted` is what fields of each must hold.
+fn check_rows(text: &str, wanted: &[(&str, &str)]) -> Result<usize> {
     let rows: Vec<Value> = match serde_json::from_str(text) {
         Ok(Value::Array(rows)) => rows,
         _ => text
@@ -201,8 +220,10 @@ fn check_bench_rows(text: &str) -> Result<usize> {
         if row["verified"] != true {
             bail!("the bench did not verify every byte: {row}");
         }
-        if row["fabric"] != "verbs" {
-            bail!("the bench did not use RDMA: {row}");
+        for &(field, value) in wanted {
+            if row[field] != value {
+                bail!("the bench did not use {field} {value}: {row}");
+            }
         }
     }
     Ok(rows.len())
@@ -243,8 +264,9 @@ mod tests {
     #[test]
     fn bench_rows_must_be_verified_and_over_rdma() {
         let good = r#"{"fabric":"verbs","verified":true}"#;
-        assert_eq!(check_bench_rows(&format!("{good}\n{good}\n")).unwrap(), 2);
-        assert_eq!(check_bench_rows(&format!("[{good},{good}]")).unwrap(), 2);
+        let check = |text: &str| check_rows(text, &[("fabric", "verbs")]);
+        assert_eq!(check(&format!("{good}\n{good}\n")).unwrap(), 2);
+        assert_eq!(check(&format!("[{good},{good}]")).unwrap(), 2);
         for bad in [
             "",
             "[]",
@@ -253,7 +275,7 @@ mod tests {
             &good.replace("verbs", "tcp"),
             "nonsense",
         ] {
-            assert!(check_bench_rows(bad).is_err(), "{bad}");
+            assert!(check(bad).is_err(), "{bad}");
         }
     }
 }

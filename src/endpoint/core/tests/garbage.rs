@@ -113,6 +113,7 @@ impl Speaker {
                 length: if fitting { REGION } else { s.number() },
                 keys: s.list(3, Self::key),
             }),
+            distances: self.list(3, |s| s.number() as u8),
         }
     }
 
@@ -175,6 +176,7 @@ impl Speaker {
                 name: detail(),
                 lanes: self.list(3, |s| LaneAnswer {
                     rail: s.number() as u8,
+                    speed_bits: s.number(),
                     address: s.lane_address(),
                 }),
                 receives_per_lane: self.number() as u32,
@@ -204,6 +206,7 @@ impl Speaker {
             }),
             7 => Message::Credits(Credits {
                 lane: self.number() as u16,
+                epoch: self.random.below(3) as u32,
                 total: self.number(),
             }),
             8 => Message::Revoke(Revoke {

@@ -400,6 +400,7 @@ fn an_answer_to_an_offer_of_no_lanes_is_a_violation() {
                             keys: vec![],
                         })
                         .collect(),
+                    distances: vec![],
                 }),
             };
             return vec![

@@ -15,7 +15,7 @@ use crate::{
     endpoint::{ArrivalError, IssueError, Push, config::Config},
     fabric::{
         Completion, Context, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId, MrId,
-        PostError, Sge, Window, WindowBind, WindowId, WorkRequest,
+        PostError, RailEvent, Sge, Window, WindowBind, WindowId, WorkRequest,
     },
     kv::{Dtype, HeadRange, presets::KvShape},
 };
@@ -80,6 +80,10 @@ impl Context for Guarded {
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
         self.inner.poll(out)
+    }
+
+    fn events(&mut self, out: &mut Vec<RailEvent>) {
+        self.inner.events(out);
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

@@ -1,11 +1,16 @@
 //! Several endpoints, a simulated fabric and a simulated control network in one thread, under virtual time.
+//!
+//! Equal seeds give equal runs: [`World::hash`] tells whether two were.
+
+mod lives;
 
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashMap},
+    collections::{BTreeMap, BinaryHeap},
+    hash::{DefaultHasher, Hash, Hasher},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -20,7 +25,7 @@ use super::{
 };
 use crate::{
     endpoint::{
-        Pool,
+        Pool, PoolOptions,
         config::Config,
         control::{CloseReason, ConnId},
         drain::DrainShared,
@@ -37,6 +42,9 @@ use crate::{
     protocol::Time,
     wire::{Incarnation, Message, RegionToken, RegionTokenFields},
 };
+
+/// Completion-queue entries of each rail.
+pub(super) const COMPLETIONS: u32 = 1 << 12;
 
 /// What becomes of a message on its way: whose it is, the message, and what is sent in its place.
 pub(super) type Tamper = Box<dyn FnMut(usize, Vec<u8>) -> Vec<Vec<u8>>>;
@@ -75,6 +83,15 @@ pub(super) struct Node {
     pub(super) unfenceable: Vec<Arc<AtomicBool>>,
     /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
     pub(super) running: bool,
+    /// It acts at most this often, in nanoseconds; 0 is whenever there is something to do.
+    pub(super) pace: u64,
+    /// When it may act again.
+    not_before: u64,
+    /// Its process is gone, until [`World::restart`].
+    pub(super) dead: bool,
+    /// How often it has been started before.
+    pub(super) life: u8,
+    rails: usize,
     inbox: Vec<ControlEvent>,
     /// Whether what has come for it waits, as in a socket.
     held: bool,
@@ -88,14 +105,22 @@ pub(super) struct World {
     pub(super) random: Random,
     /// Control events on their way: time, a number that keeps the order, whose, what.
     transit: BinaryHeap<Reverse<(u64, u64, usize)>>,
-    events: HashMap<u64, ControlEvent>,
+    events: BTreeMap<u64, (u8, ControlEvent)>,
     sequence: u64,
     /// Both ends of each connection.
-    ends: HashMap<(usize, ConnId), (usize, ConnId)>,
+    ends: BTreeMap<(usize, ConnId), (usize, ConnId)>,
     /// Nothing overtakes on one connection.
-    latest: HashMap<(usize, ConnId), u64>,
+    latest: BTreeMap<(usize, ConnId), u64>,
     accepted: u64,
     pub(super) tamper: Option<Tamper>,
+    /// Longest delay of a control message, in nanoseconds.
+    pub(super) control_delay: u64,
+    /// Connections whose other end died without a word, by who died.
+    half_open: Vec<(usize, usize, ConnId)>,
+    /// A hash of all control events.
+    log: DefaultHasher,
+    config: Config,
+    seed: u64,
 }
 
 /// The simulation's generator, with the draws that schedules need.
@@ -131,11 +156,17 @@ impl World {
             // So few that grants go without.
             windows.max = 20;
         }
-        let net = SimNet::new(settings);
+        Self::on(settings, rails, config)
+    }
+
+    /// The same on a net that is not the default one.
+    pub(super) fn on(net: SimConfig, rails: &[usize], config: &Config) -> Self {
+        let seed = net.seed;
+        let net = SimNet::new(net);
         let nodes = rails
             .iter()
             .enumerate()
-            .map(|(index, &rails)| Node::new(&net, index, rails, config, seed))
+            .map(|(index, &rails)| Node::new(&net, index, 0, rails, config, seed))
             .collect();
         Self {
             net,
@@ -143,12 +174,17 @@ impl World {
             nodes,
             random: Random::new(seed),
             transit: BinaryHeap::new(),
-            events: HashMap::new(),
+            events: BTreeMap::new(),
             sequence: 0,
-            ends: HashMap::new(),
-            latest: HashMap::new(),
+            ends: BTreeMap::new(),
+            latest: BTreeMap::new(),
             accepted: 0,
             tamper: None,
+            control_delay: 200_000,
+            half_open: Vec::new(),
+            log: DefaultHasher::new(),
+            config: config.clone(),
+            seed,
         }
     }
 
@@ -158,6 +194,13 @@ impl World {
         devices
             .map(|device| self.net.windows(&device.info().name))
             .sum()
+    }
+
+    /// A hash of all that has happened so far, on the fabric and on control connections: equal for equal runs.
+    pub(super) fn hash(&self) -> u64 {
+        let mut hasher = self.log.clone();
+        hasher.write_u64(self.net.trace_hash());
+        hasher.finish()
     }
 
     /// Gives `bytes` to `node` at its next step, as if the peer at the other end of `conn` had sent them.
@@ -192,9 +235,10 @@ impl World {
         let mut active = false;
         for index in 0..self.nodes.len() {
             let node = &mut self.nodes[index];
-            if !node.running {
+            if !node.running || node.dead || node.not_before > self.now {
                 continue;
             }
+            node.not_before = self.now + node.pace;
             let mut events = match node.held {
                 true => Vec::new(),
                 false => std::mem::take(&mut node.inbox),
@@ -217,10 +261,12 @@ impl World {
             while self.round() {
                 check(self);
             }
-            let deadlines = self.nodes.iter().filter(|node| node.running);
-            let next = deadlines
-                .filter_map(|node| node.core.next_deadline())
-                .map(|time| time.0)
+            let awake = self.nodes.iter().filter(|node| node.running && !node.dead);
+            let next = awake
+                .filter_map(|node| match node.not_before > self.now {
+                    true => Some(node.not_before),
+                    false => node.core.next_deadline().map(|time| time.0),
+                })
                 .chain(self.net.next_event())
                 .chain(self.transit.peek().map(|Reverse((time, ..))| *time))
                 .min();
@@ -247,8 +293,12 @@ impl World {
             let Some(Reverse((_, sequence, node))) = self.transit.pop() else {
                 return;
             };
-            if let Some(event) = self.events.remove(&sequence) {
-                self.nodes[node].inbox.push(event);
+            let node = &mut self.nodes[node];
+            if let Some((life, event)) = self.events.remove(&sequence)
+                && life == node.life
+                && !node.dead
+            {
+                node.inbox.push(event);
             }
         }
     }
@@ -275,7 +325,7 @@ impl World {
     fn request(&mut self, node: usize, request: Request) {
         match request {
             Request::Connect(conn, addresses) => {
-                let peer = addresses.first().and_then(|address| {
+                let peer: Option<usize> = addresses.first().and_then(|address| {
                     let index = address.strip_prefix("node-")?.split(':').next()?;
                     index
                         .parse::<usize>()
@@ -289,6 +339,10 @@ impl World {
                     self.deliver(node, conn, ControlEvent::Closed { conn, reason });
                     return;
                 };
+                if self.nodes[peer].dead {
+                    // Nobody answers. The core's own deadlines must see to it.
+                    return;
+                }
                 self.accepted += 1;
                 let other = ConnId(1 << 63 | self.accepted);
                 self.ends.insert((node, conn), (peer, other));
@@ -338,12 +392,21 @@ impl World {
 
     /// Sends `event` on its way to one end of a connection, behind what was sent there before.
     fn deliver(&mut self, node: usize, conn: ConnId, event: ControlEvent) {
-        let delay = 1_000 + self.random.below(200_000);
+        let delay = 1_000 + self.random.below(self.control_delay);
         let latest = self.latest.entry((node, conn)).or_default();
         *latest = (self.now + delay).max(*latest + 1);
         self.sequence += 1;
         self.transit.push(Reverse((*latest, self.sequence, node)));
-        self.events.insert(self.sequence, event);
+        let (what, first) = match &event {
+            ControlEvent::Accepted { .. } => (0, 0),
+            ControlEvent::Connected { .. } => (1, 0),
+            // The rest may hold addresses in memory, which differ from run to run, and so does the length.
+            ControlEvent::Message { bytes, .. } => (2, bytes.first().copied().unwrap_or_default()),
+            ControlEvent::Closed { .. } => (3, 0),
+        };
+        (*latest, node, conn.0, what, first).hash(&mut self.log);
+        let life = self.nodes[node].life;
+        self.events.insert(self.sequence, (life, event));
     }
 }
 
@@ -352,9 +415,9 @@ fn address(node: usize) -> SocketAddr {
 }
 
 impl Node {
-    fn new(net: &SimNet, index: usize, rails: usize, config: &Config, seed: u64) -> Self {
+    fn new(net: &SimNet, index: usize, life: u8, rails: usize, config: &Config, seed: u64) -> Self {
         let devices: Vec<Arc<dyn Device>> = (0..rails)
-            .map(|rail| net.device(&format!("sim{index}-{rail}")) as Arc<dyn Device>)
+            .map(|rail| net.device(&World::rail_name(index, rail)) as Arc<dyn Device>)
             .collect();
         let config = Arc::new(Config {
             name: format!("node-{index}"),
@@ -374,9 +437,10 @@ impl Node {
         let mut name = [0; 16];
         name[..8].copy_from_slice(&seed.to_le_bytes());
         name[8] = index as u8 + 1;
+        name[9] = life;
         let incarnation = Incarnation(name);
         let (commands, inbox) = crossbeam::channel::unbounded();
-        let depth = 1 << 12;
+        let depth = COMPLETIONS;
         let unfenceable: Vec<_> = (0..rails)
             .map(|_| Arc::new(AtomicBool::new(false)))
             .collect();
@@ -396,6 +460,7 @@ impl Node {
             Arc::clone(&tails),
         );
         let shared = Arc::new(EndpointShared {
+            topology: OnceLock::new(),
             config,
             incarnation,
             addresses: vec![format!("node-{index}:7700")],
@@ -404,6 +469,7 @@ impl Node {
             registry: Arc::new(Registry::default()),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
+            telemetry: core.telemetry(),
             next_pool: AtomicU32::new(1),
             next_export: AtomicU32::new(1),
             next_push: AtomicU64::new(1),
@@ -417,6 +483,11 @@ impl Node {
             requests,
             unfenceable,
             running: true,
+            pace: 0,
+            not_before: 0,
+            dead: false,
+            life,
+            rails,
             inbox: Vec::new(),
             held: false,
         }
@@ -438,7 +509,9 @@ impl Node {
             .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
             .collect();
         (
-            self.shared.register_pool(layout.clone(), shared).unwrap(),
+            self.shared
+                .register_pool(layout.clone(), shared, PoolOptions::default())
+                .unwrap(),
             memory,
         )
     }

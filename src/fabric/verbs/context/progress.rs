@@ -2,7 +2,7 @@
 //!
 //! Owned by the thread of its context.
 
-use crate::fabric::{Completion, CompletionKind, FabricError, FabricErrorKind, Status};
+use crate::fabric::{Completion, CompletionKind, FabricError, FabricErrorKind, RailEvent, Status};
 
 use super::{
     super::{
@@ -115,6 +115,14 @@ impl VerbsContext {
         })
     }
 
+    fn report(&mut self, event: RailEvent) {
+        // An engine that does not ask needs no more than the latest.
+        if self.events.len() >= 1024 {
+            self.events.clear();
+        }
+        self.events.push(event);
+    }
+
     /// Handles asynchronous events.
     pub(super) fn handle_events(&mut self) -> Result<(), FabricError> {
         // Bounded, should events come as fast as they are taken.
@@ -126,15 +134,30 @@ impl VerbsContext {
                     if let Some(id) = found.map(|lane| lane.id) {
                         tracing::debug!(lane = %id, what, "queue pair event");
                         self.fail_lane(id)?;
+                        self.report(RailEvent::LaneFailed(id));
                     }
                 }
                 Some(Event::Port(port)) if port == i32::from(self.place().port) => {
-                    let before = self.device.port_state();
+                    let place = |this: &Self| {
+                        let address = this.device.lane_address(0, 0);
+                        let gid = (address.gid, this.device.gid_index());
+                        (this.device.port_state(), address.lid, gid)
+                    };
+                    let before = place(self);
                     self.device.refresh_port();
-                    let after = self.device.port_state();
-                    if before != after && after != PortState::Active {
-                        let device = &self.place().device;
-                        tracing::warn!(%device, port, state = %after, "the port is no longer active");
+                    let after = place(self);
+                    let active = |state| state == PortState::Active;
+                    match (active(before.0), active(after.0)) {
+                        (true, false) => {
+                            let device = &self.place().device;
+                            tracing::warn!(%device, port, state = %after.0, "the port is no longer active");
+                            self.report(RailEvent::PortDown);
+                        }
+                        (false, true) => self.report(RailEvent::PortActive),
+                        _ => {}
+                    }
+                    if (before.1, before.2) != (after.1, after.2) {
+                        self.report(RailEvent::AddressChanged);
                     }
                 }
                 Some(Event::Fatal(what)) => {

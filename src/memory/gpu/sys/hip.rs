@@ -6,31 +6,40 @@
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 
 use super::super::Runtime;
-use super::library::table;
+use super::library::{constants, table};
 
 pub type hipError_t = c_int;
 pub type hipStream_t = *mut c_void;
 pub type hipEvent_t = *mut c_void;
 pub type hipDeviceptr_t = *mut c_void;
 
-pub const hipSuccess: hipError_t = 0;
-pub const hipErrorInvalidValue: hipError_t = 1;
-pub const hipErrorOutOfMemory: hipError_t = 2;
-pub const hipErrorNoDevice: hipError_t = 100;
-pub const hipErrorNotReady: hipError_t = 600;
-pub const hipErrorNotSupported: hipError_t = 801;
+pub type hipDeviceAttribute_t = c_int;
+pub type hipMemcpyKind = c_int;
+pub type hipMemRangeHandleType = c_int;
+pub type hipFlushGPUDirectRDMAWritesTarget = c_int;
+pub type hipFlushGPUDirectRDMAWritesScope = c_int;
 
-pub const hipMemcpyHostToDevice: c_int = 1;
-pub const hipMemcpyDeviceToHost: c_int = 2;
-pub const hipStreamNonBlocking: c_uint = 1;
-pub const hipEventDisableTiming: c_uint = 2;
-pub const hipHostRegisterPortable: c_uint = 1;
-/// The answer is a pointer, although the function takes an `int *`.
-pub const hipDeviceAttributeHdpMemFlushCntl: c_int = 10005;
-pub const hipMemRangeHandleTypeDmaBufFd: c_int = 1;
-/// Not in any header that `tests/oracle` has; from the documentation of the function.
-pub const hipFlushGPUDirectRDMAWritesTargetCurrentDevice: c_int = 0;
-pub const hipFlushGPUDirectRDMAWritesToOwner: c_int = 100;
+constants! {
+    hipSuccess: hipError_t = 0;
+    hipErrorInvalidValue: hipError_t = 1;
+    hipErrorOutOfMemory: hipError_t = 2;
+    hipErrorNoDevice: hipError_t = 100;
+    hipErrorNotReady: hipError_t = 600;
+    hipErrorNotSupported: hipError_t = 801;
+    hipMemcpyHostToDevice: hipMemcpyKind = 1;
+    hipMemcpyDeviceToHost: hipMemcpyKind = 2;
+    hipStreamNonBlocking: c_uint = 1;
+    hipEventDisableTiming: c_uint = 2;
+    hipHostRegisterPortable: c_uint = 1;
+    /// The answer is a pointer, although the function takes an `int *`.
+    hipDeviceAttributeHdpMemFlushCntl: hipDeviceAttribute_t = 10005;
+}
+
+/// These three are newer than Debian's headers; the first is in the bindings of `cubecl-hip-sys` 7.14, the others are
+/// from the description of their function.
+pub const hipMemRangeHandleTypeDmaBufFd: hipMemRangeHandleType = 1;
+pub const hipFlushGPUDirectRDMAWritesTargetCurrentDevice: hipFlushGPUDirectRDMAWritesTarget = 0;
+pub const hipFlushGPUDirectRDMAWritesToOwner: hipFlushGPUDirectRDMAWritesScope = 100;
 
 /// The same layout in all releases, but the numbers in `memoryType` changed with HIP 6: see [`memory_type`].
 #[repr(C)]
@@ -72,7 +81,7 @@ table! {
         hipGetDeviceCount: fn(count: *mut c_int) -> hipError_t;
         hipGetDevice: fn(device: *mut c_int) -> hipError_t;
         hipSetDevice: fn(device: c_int) -> hipError_t;
-        hipDeviceGetAttribute: fn(value: *mut c_int, attribute: c_int, device: c_int) -> hipError_t;
+        hipDeviceGetAttribute: fn(value: *mut c_int, attribute: hipDeviceAttribute_t, device: c_int) -> hipError_t;
         hipDeviceGetName: fn(name: *mut c_char, length: c_int, device: c_int) -> hipError_t;
         hipDeviceTotalMem: fn(bytes: *mut usize, device: c_int) -> hipError_t;
         hipDeviceGetPCIBusId: fn(name: *mut c_char, length: c_int, device: c_int) -> hipError_t;
@@ -83,12 +92,12 @@ table! {
         hipMalloc: fn(pointer: *mut *mut c_void, size: usize) -> hipError_t;
         hipFree: fn(pointer: *mut c_void) -> hipError_t;
         hipMemcpy:
-            fn(to: *mut c_void, from: *const c_void, size: usize, kind: c_int) -> hipError_t;
+            fn(to: *mut c_void, from: *const c_void, size: usize, kind: hipMemcpyKind) -> hipError_t;
         hipMemcpyAsync: fn(
             to: *mut c_void,
             from: *const c_void,
             size: usize,
-            kind: c_int,
+            kind: hipMemcpyKind,
             stream: hipStream_t,
         ) -> hipError_t;
         hipStreamCreateWithFlags: fn(stream: *mut hipStream_t, flags: c_uint) -> hipError_t;
@@ -108,9 +117,12 @@ table! {
             handle: *mut c_void,
             pointer: hipDeviceptr_t,
             size: usize,
-            kind: c_int,
+            kind: hipMemRangeHandleType,
             flags: c_ulonglong,
         ) -> hipError_t;
-        hipDeviceFlushGPUDirectRDMAWrites: fn(target: c_int, scope: c_int) -> hipError_t;
+        hipDeviceFlushGPUDirectRDMAWrites: fn(
+            target: hipFlushGPUDirectRDMAWritesTarget,
+            scope: hipFlushGPUDirectRDMAWritesScope,
+        ) -> hipError_t;
     }
 }

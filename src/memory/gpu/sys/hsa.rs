@@ -3,15 +3,20 @@
 use std::ffi::{c_char, c_int, c_void};
 
 use super::super::Runtime;
-use super::library::table;
+use super::library::{constants, table};
 
 pub type hsa_status_t = c_int;
 
-pub const HSA_STATUS_SUCCESS: hsa_status_t = 0;
-pub const HSA_SYSTEM_INFO_VERSION_MAJOR: c_int = 0;
-pub const HSA_SYSTEM_INFO_VERSION_MINOR: c_int = 1;
-/// A `bool`; older runtimes do not know it.
-pub const HSA_AMD_SYSTEM_INFO_DMABUF_SUPPORTED: c_int = 0x204;
+pub type hsa_system_info_t = c_int;
+
+constants! {
+    HSA_STATUS_SUCCESS: hsa_status_t = 0;
+    HSA_SYSTEM_INFO_VERSION_MAJOR: hsa_system_info_t = 0;
+    HSA_SYSTEM_INFO_VERSION_MINOR: hsa_system_info_t = 1;
+}
+
+/// A `bool`. Newer than Debian's header; older runtimes do not know it.
+pub const HSA_AMD_SYSTEM_INFO_DMABUF_SUPPORTED: hsa_system_info_t = 0x204;
 
 /// File names under which the library is looked for.
 pub const LIBRARY_NAMES: &[&str] = &["libhsa-runtime64.so.1"];
@@ -22,7 +27,7 @@ table! {
     required {
         hsa_init: fn() -> hsa_status_t;
         hsa_status_string: fn(status: hsa_status_t, text: *mut *const c_char) -> hsa_status_t;
-        hsa_system_get_info: fn(attribute: c_int, value: *mut c_void) -> hsa_status_t;
+        hsa_system_get_info: fn(attribute: hsa_system_info_t, value: *mut c_void) -> hsa_status_t;
     }
     optional {
         hsa_amd_portable_export_dmabuf: fn(

@@ -15,7 +15,21 @@ pub struct Symbol {
     pub name: &'static str,
     /// Whether opening fails without it.
     pub required: bool,
+    /// Types of the arguments, as written here.
+    pub arguments: &'static [&'static str],
+    /// Type of the result.
+    pub result: &'static str,
 }
+
+/// Defines constants, and a list of them to compare with the header.
+macro_rules! constants {
+    ($($(#[$doc:meta])* $name:ident: $type:ty = $value:expr;)*) => {
+        $($(#[$doc])* pub const $name: $type = $value;)*
+        /// Every constant that has its name from the header.
+        pub const CONSTANTS: &[(&str, i64)] = &[$((stringify!($name), $name as i64),)*];
+    };
+}
+pub(super) use constants;
 
 /// Defines a table of functions: a field for each, and how to fill it from a library.
 macro_rules! table {
@@ -38,8 +52,18 @@ macro_rules! table {
         impl $table {
             /// Every function of the table.
             pub const SYMBOLS: &'static [crate::memory::gpu::sys::library::Symbol] = &[
-                $(crate::memory::gpu::sys::library::Symbol { name: stringify!($rname), required: true },)*
-                $(crate::memory::gpu::sys::library::Symbol { name: stringify!($oname), required: false },)*
+                $(crate::memory::gpu::sys::library::Symbol {
+                    name: stringify!($rname),
+                    required: true,
+                    arguments: &[$(stringify!($rty)),*],
+                    result: stringify!($rret),
+                },)*
+                $(crate::memory::gpu::sys::library::Symbol {
+                    name: stringify!($oname),
+                    required: false,
+                    arguments: &[$(stringify!($oty)),*],
+                    result: stringify!($oret),
+                },)*
             ];
 
             /// Opens the library at `path`, or under the first of the usual names that the loader finds.
@@ -48,7 +72,7 @@ macro_rules! table {
                 let (library, name) = library::open($runtime, path, LIBRARY_NAMES)?;
                 Ok(Self {
                     $($rname: {
-                        // SAFETY: the type is the C declaration of this symbol, which `tests/oracle` compares with
+                        // SAFETY: the type is the C declaration of this symbol; `headers_tests.rs` compares it with
                         // the header.
                         let found = unsafe { library.get(concat!(stringify!($rname), "\0")) };
                         *found.map_err(|error| {

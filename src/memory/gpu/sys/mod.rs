@@ -2,12 +2,12 @@
 //!
 //! Nothing here decides anything; see `fabric/verbs/sys` for the same over libibverbs. Only what kvpush uses is
 //! defined. C enums are integers, because a newer library may return values that are unknown here. Names are those of
-//! the C headers. `tests/oracle` compares every signature, structure and constant: HIP and HSA with Debian's headers,
-//! CUDA with the bindings of `cudarc`, and what is newer than Debian's with those of `cubecl-hip-sys`.
+//! the C headers. `headers_tests.rs` lets the C compiler compare every signature, structure and constant with them,
+//! where they are: `cargo xtask gpu-libs` brings Debian's of HIP and HSA.
 //!
 //! Why not an existing crate: `docs/adr/0010-gpu-runtimes.md`.
 
-#![allow(dead_code, reason = "some of it is there for the oracle only")]
+#![allow(dead_code, reason = "some of it is there for comparisons only")]
 #![allow(non_camel_case_types, reason = "names are those of the C headers")]
 #![allow(
     non_snake_case,
@@ -27,3 +27,6 @@ pub mod cuda;
 pub mod hip;
 pub mod hsa;
 pub mod library;
+
+#[cfg(test)]
+mod headers_tests;
