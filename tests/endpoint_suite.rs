@@ -147,6 +147,7 @@ macro_rules! software_cases {
 
 all_cases!(sim);
 all_cases!(tcp);
+all_cases!(shm);
 software_cases!(device_sim sim, device_tcp tcp);
 all_cases!(verbs #[ignore = "needs an RDMA device: cargo xtask rxe"]);
 window_cases!(sim_windows);

@@ -111,6 +111,12 @@ all_cases!(
     tcp_small_buffers,
     crate::factories::tcp_pair_with_small_buffers
 );
+all_cases!(shm, crate::factories::shm_pair);
+all_cases!(shm_without_files, crate::factories::shm_pair_without_files);
+all_cases!(
+    shm_with_short_turns,
+    crate::factories::shm_pair_with_short_turns
+);
 all_cases!(verbs, crate::factories::verbs_pair, #[ignore = "needs an RDMA device: cargo xtask rxe"]);
 all_cases!(
     verbs_without_srq,

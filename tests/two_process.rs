@@ -79,5 +79,6 @@ macro_rules! all_cases {
 
 all_cases! {
     tcp Tcp;
+    shm Shm;
     verbs Verbs #[ignore = "needs an RDMA device: cargo xtask rxe"];
 }

@@ -148,10 +148,12 @@ pub(crate) struct KeyArgs {
 /// Which fabric carries the pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FabricChoice {
-    /// RDMA where both sides have a usable device, else TCP
+    /// Shared memory on one host, else RDMA where both sides have a usable device, else TCP
     Auto,
     /// The embedded TCP fabric
     Tcp,
+    /// Shared memory, between processes of one host
+    Shm,
     /// RDMA only
     Verbs,
 }
@@ -181,8 +183,9 @@ pub(crate) struct FabricArgs {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Memory")]
 pub(crate) struct MemoryArgs {
-    /// Memory of the pools of this side (without a command, of both): host, hip or cuda (a GPU's; hip:2 is the third),
-    /// or udmabuf (host memory that is known by a dmabuf, as a GPU's is)
+    /// Memory of the pools of this side (without a command, of both): host, memfd (host memory in a file, which a peer on
+    /// the same host maps), hip or cuda (a GPU's; hip:2 is the third), or udmabuf (host memory that is known by a
+    /// dmabuf, as a GPU's is)
     #[arg(long, value_name = "KIND", default_value = "host", value_parser = memory)]
     pub(crate) memory: MemoryChoice,
 }
@@ -199,6 +202,8 @@ pub(crate) struct MemoryChoice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MemoryKind {
     Host,
+    /// Host memory in a file, which a peer on the same host can map.
+    Memfd,
     Hip,
     Cuda,
     Udmabuf,
@@ -216,6 +221,7 @@ impl std::fmt::Display for MemoryChoice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.kind {
             MemoryKind::Host => f.write_str("host"),
+            MemoryKind::Memfd => f.write_str("memfd"),
             MemoryKind::Udmabuf => f.write_str("udmabuf"),
             MemoryKind::Hip => write!(f, "hip:{}", self.device),
             MemoryKind::Cuda => write!(f, "cuda:{}", self.device),
@@ -230,10 +236,15 @@ fn memory(text: &str) -> Result<MemoryChoice, String> {
     };
     let kind = match (name, number) {
         ("host", None) => MemoryKind::Host,
+        ("memfd", None) => MemoryKind::Memfd,
         ("udmabuf", None) => MemoryKind::Udmabuf,
         ("hip", _) => MemoryKind::Hip,
         ("cuda", _) => MemoryKind::Cuda,
-        _ => return Err("known are host, hip, cuda and udmabuf, and hip:N and cuda:N".to_owned()),
+        _ => {
+            return Err(
+                "known are host, memfd, hip, cuda and udmabuf, and hip:N and cuda:N".to_owned(),
+            );
+        }
     };
     let device = number.map_or(Ok(0), |number| {
         number
@@ -338,6 +349,9 @@ pub(crate) struct OutputArgs {
     /// Draw the rows: GB/s over page size for a sweep, else a bar for each
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
+    /// Print the pushing endpoints' statistics beside each row: sessions, outcomes, bytes and stalls of each rail
+    #[arg(long)]
+    pub(crate) stats: bool,
 }
 
 /// Page sizes in bytes.

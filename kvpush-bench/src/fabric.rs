@@ -35,9 +35,9 @@ impl FabricArgs {
     pub(crate) fn check(&self) -> Result<()> {
         let numbers = [self.gid_index, self.traffic_class, self.ack_timeout];
         let rdma = !self.devices.is_empty() || numbers.iter().any(Option::is_some);
-        if self.fabric == FabricChoice::Tcp && rdma {
+        if matches!(self.fabric, FabricChoice::Tcp | FabricChoice::Shm) && rdma {
             return Err(Error::usage(
-                "--devices, --gid-index, --traffic-class and --ack-timeout are of no use with --fabric tcp",
+                "--devices, --gid-index, --traffic-class and --ack-timeout are of no use with --fabric tcp or shm",
             ));
         }
         Ok(())
@@ -75,6 +75,7 @@ impl FabricArgs {
         builder = match self.fabric {
             FabricChoice::Auto => builder,
             FabricChoice::Tcp => builder.fabrics([FabricKind::Tcp]),
+            FabricChoice::Shm => builder.fabrics([FabricKind::Shm]),
             FabricChoice::Verbs => builder.fabrics([FabricKind::Verbs]),
         };
         if !self.devices.is_empty() {
@@ -99,6 +100,7 @@ impl FabricArgs {
         }
         Some(match self.fabric {
             FabricChoice::Tcp => "--fabric tcp was asked for".to_owned(),
+            FabricChoice::Shm => "--fabric shm was asked for".to_owned(),
             FabricChoice::Auto | FabricChoice::Verbs => crate::host::why_no_rdma(),
         })
     }
@@ -135,11 +137,18 @@ pub(crate) fn choose(
     theirs: &[Rail],
     no_rdma: [Option<String>; 2],
 ) -> Result<Chosen> {
-    let has =
-        |rails: &[Rail], kind: FabricKind| rails.iter().any(|rail| rail.fabric == kind.to_string());
-    let kind = [FabricKind::Verbs, FabricKind::Tcp]
+    let of = |rails: &[Rail], kind: FabricKind| {
+        let mut rails = rails.iter();
+        rails
+            .find(|rail| rail.fabric == kind.to_string())
+            .map(|rail| host(&rail.address).to_owned())
+    };
+    let kind = [FabricKind::Shm, FabricKind::Verbs, FabricKind::Tcp]
         .into_iter()
-        .find(|&kind| has(ours, kind) && has(theirs, kind));
+        .find(|&kind| match (of(ours, kind), of(theirs, kind)) {
+            (Some(here), Some(there)) => kind != FabricKind::Shm || here == there,
+            _ => false,
+        });
     let Some(kind) = kind else {
         let list = |rails: &[Rail]| {
             rails
@@ -170,10 +179,11 @@ pub(crate) fn choose(
             names(ours),
             names(theirs)
         ),
+        FabricKind::Shm => "fabric: shm (both sides are on one host)".to_owned(),
         _ => "fabric: tcp".to_owned(),
     };
     let [ours_why, theirs_why] = no_rdma;
-    if kind != FabricKind::Verbs {
+    if kind == FabricKind::Tcp {
         let reasons = match (ours_why, theirs_why) {
             (Some(ours), Some(theirs)) if ours == theirs => ours,
             (ours, theirs) => [("prefill", ours), ("decode", theirs)]
@@ -197,6 +207,11 @@ pub(crate) fn choose(
         line.push_str(&format!("\nwarning: path MTU {a} at the prefill side, {b} at the decode side: the smaller is used"));
     }
     Ok(Chosen { fabric, line })
+}
+
+/// The host in the address of a rail of shared memory, which is `host X, pid N`.
+fn host(address: &str) -> &str {
+    address.split(", ").next().unwrap_or(address)
 }
 
 #[cfg(test)]
@@ -231,6 +246,15 @@ mod tests {
         )
         .unwrap();
         assert_eq!(chosen.line, "fabric: tcp; no RDMA because no device");
+        let shm = |host: &str| {
+            let mut shm = rail("shm", 0);
+            shm.address = format!("host {host}, pid 7");
+            [rail("tcp", 0), shm]
+        };
+        let chosen = choose(&shm("a"), &shm("a"), [None, None]).unwrap();
+        assert_eq!(chosen.fabric, "shm");
+        let chosen = choose(&shm("a"), &shm("b"), [None, None]).unwrap();
+        assert_eq!(chosen.fabric, "tcp", "shared memory ends at the host");
         let chosen = choose(&both, &[rail("verbs", 4096)], [None, None]).unwrap();
         assert!(
             chosen

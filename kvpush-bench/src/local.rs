@@ -114,6 +114,7 @@ fn arguments(fabric: &FabricArgs) -> Vec<String> {
     let choice = match fabric.fabric {
         FabricChoice::Auto => "auto",
         FabricChoice::Tcp => "tcp",
+        FabricChoice::Shm => "shm",
         FabricChoice::Verbs => "verbs",
     };
     let mut arguments = vec!["--fabric".to_owned(), choice.to_owned()];

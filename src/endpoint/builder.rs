@@ -442,7 +442,10 @@ fn tail_arena(
     devices: &[Arc<dyn Device>],
 ) -> Result<Arc<TailArena>, EndpointError> {
     let (slots, capacity) = (config.max_transfers, config.tail_capacity);
-    let memory = Arc::new(HostMemory::new(TailArena::length(slots, capacity))?);
+    // A file, so that a peer on this host needs no permission to read this process's memory just for the tails.
+    let length = TailArena::length(slots, capacity);
+    let memory = HostMemory::memfd("kvpush-tails", length).or_else(|_| HostMemory::new(length))?;
+    let memory = Arc::new(memory);
     let region = Region::register(
         Arc::clone(&memory) as Arc<dyn Memory>,
         Access::REMOTE_WRITE,

@@ -94,7 +94,7 @@ impl Default for Config {
         Self {
             name: String::new(),
             auth: None,
-            fabrics: vec![FabricKind::Verbs, FabricKind::Tcp],
+            fabrics: vec![FabricKind::Shm, FabricKind::Verbs, FabricKind::Tcp],
             devices: None,
             advertise: Vec::new(),
             lanes_per_rail: 2,

@@ -5,6 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 use super::{EndpointError, config::Config};
 use crate::fabric::{
     Device, FabricKind,
+    shm::{ShmConfig, ShmDevice},
     tcp::{TcpConfig, TcpDevice},
     verbs::VerbsDevice,
 };
@@ -28,6 +29,10 @@ pub(super) fn open(
                 rails.extend(devices.into_iter().map(|device| device as Arc<dyn Device>));
                 reasons.extend(skipped.iter().map(ToString::to_string));
             }
+            FabricKind::Shm => match ShmDevice::open(ShmConfig::default()) {
+                Ok(device) => rails.push(device),
+                Err(error) => reasons.push(error.to_string()),
+            },
             FabricKind::Tcp => {
                 let options = TcpConfig {
                     bind,

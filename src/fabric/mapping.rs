@@ -128,6 +128,11 @@ impl Mapping {
         self.first
     }
 
+    /// Whether the exporter wants to be told of accesses.
+    pub(super) fn is_bracketed(&self) -> bool {
+        self.fd.is_some()
+    }
+
     /// Tells the exporter that the CPU is about to access the range.
     pub(super) fn begin(&self, touch: Touch) -> io::Result<()> {
         self.fd

@@ -20,7 +20,9 @@
 mod caps;
 mod error;
 mod mapping;
+mod registry;
 mod request;
+pub mod shm;
 pub mod sim;
 
 pub mod tcp;
@@ -31,8 +33,8 @@ pub use crate::wire::{FabricKind, LaneAddress, RemoteKey};
 pub use caps::{Capabilities, DeviceInfo, LinkState};
 pub use error::{FabricError, FabricErrorKind, PostError};
 pub use request::{
-    Access, Completion, CompletionKind, DmabufRange, LaneConfig, LaneId, LocalKey, MemoryKeys,
-    MrId, Opcode, RailEvent, Sge, Status, WorkRequest,
+    Access, Completion, CompletionKind, DmabufRange, FileRange, LaneConfig, LaneId, LocalKey,
+    MemoryKeys, MrId, Opcode, RailEvent, Sge, Status, WorkRequest,
 };
 pub use window::{Window, WindowBind, WindowCaps, WindowId};
 
@@ -58,6 +60,28 @@ pub trait Device: Send + Sync {
         length: u64,
         access: Access,
     ) -> Result<MemoryKeys, FabricError>;
+
+    /// Whether a peer at this address could be reached at all. `false` saves an offer that would be refused; `true`
+    /// promises nothing.
+    fn may_reach(&self, host: IpAddr) -> bool {
+        let _ = host;
+        true
+    }
+
+    /// Registers memory that is a mapping of a file: [`Device::register`], with the file for a fabric whose peers can
+    /// map it themselves. The file may be closed afterwards.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Device::register`]; and the range must map these bytes of the file, shared, as long.
+    unsafe fn register_file(
+        &self,
+        range: &FileRange<'_>,
+        access: Access,
+    ) -> Result<MemoryKeys, FabricError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.register(range.address, range.length, access) }
+    }
 
     /// Registers a range of a dmabuf. Requests and peers name its first byte by `range.address`.
     ///

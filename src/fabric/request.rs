@@ -57,6 +57,19 @@ pub struct DmabufRange<'a> {
     pub address: u64,
 }
 
+/// A piece of mapped memory to register, and the file that it maps.
+#[derive(Clone, Copy, Debug)]
+pub struct FileRange<'a> {
+    /// The file.
+    pub fd: BorrowedFd<'a>,
+    /// Where in the file the range begins.
+    pub offset: u64,
+    /// Where in this process.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
 /// Names a registration in requests of its own device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocalKey(pub u32);

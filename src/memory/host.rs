@@ -73,6 +73,10 @@ unsafe impl Memory for HostMemory {
     fn kind(&self) -> MemoryKind {
         self.kind
     }
+
+    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.fd().map(|fd| (fd, 0))
+    }
 }
 
 impl HostMemory {
@@ -104,7 +108,8 @@ impl HostMemory {
     }
 
     /// Allocates `length` bytes in a memory file (`memfd_create(2)`), which another process may map. Its size is sealed,
-    /// because whoever has the file could otherwise cut off what is mapped here.
+    /// because whoever has the file could otherwise cut off what is mapped here. Peers on the same host copy from such
+    /// memory at the speed of `memcpy`, and need no permission to read this process's memory.
     pub fn memfd(name: &str, length: u64) -> Result<Self, MemoryError> {
         let fail = |operation| MemoryError::Os {
             operation,

@@ -19,6 +19,8 @@ pub use error::MemoryError;
 pub use gpu::{CudaMemory, HipMemory};
 pub use host::{HostMemory, HugePages};
 
+use std::os::fd::BorrowedFd;
+
 /// The kind of a piece of memory, for people and for choosing how to register it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -54,6 +56,11 @@ pub unsafe trait Memory: Send + Sync + std::fmt::Debug {
 
     /// What kind it is.
     fn kind(&self) -> MemoryKind;
+
+    /// The file that it is a shared mapping of, and where in the file it begins, if another process may map it too.
+    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
 
     /// Tells apart what has been at the same address at different times, where memory can be freed and allocated again
     /// without this value noticing: an allocation's number in its runtime. A registration is shared only between values

@@ -14,6 +14,8 @@ pub enum FabricKind {
     Tcp = 2,
     /// RDMA verbs: RoCE v2 or InfiniBand.
     Verbs = 4,
+    /// Embedded fabric through shared memory, between processes of one host.
+    Shm = 8,
 }
 
 impl FabricKind {
@@ -23,6 +25,7 @@ impl FabricKind {
             1 => Some(Self::Sim),
             2 => Some(Self::Tcp),
             4 => Some(Self::Verbs),
+            8 => Some(Self::Shm),
             _ => None,
         }
     }
@@ -34,6 +37,7 @@ impl fmt::Display for FabricKind {
             Self::Sim => "sim",
             Self::Tcp => "tcp",
             Self::Verbs => "verbs",
+            Self::Shm => "shm",
         })
     }
 }

@@ -47,6 +47,14 @@ impl Fabric {
         }
     }
 
+    pub(crate) fn shm() -> Self {
+        Self {
+            kind: FabricKind::Shm,
+            net: None,
+            protection: Protection::Region,
+        }
+    }
+
     pub(crate) fn verbs() -> Self {
         Self {
             kind: FabricKind::Verbs,

@@ -7,6 +7,7 @@ use std::{
 
 use kvpush::fabric::{
     Device,
+    shm::{ShmConfig, ShmDevice},
     sim::SimNet,
     tcp::{TcpConfig, TcpDevice},
     verbs::{VerbsConfig, VerbsDevice},
@@ -48,6 +49,43 @@ fn tcp(config: TcpConfig) -> Pair {
         .expect("open a tcp device")
     };
     Pair::new(open("tcp-a"), open("tcp-b"), host, host)
+}
+
+/// Two devices of shared memory whose pages are in files, which the peer maps.
+pub(crate) fn shm_pair() -> Pair {
+    let mut pair = shm(ShmConfig {
+        read_process_memory: false,
+        ..ShmConfig::default()
+    });
+    pair.a.files = true;
+    pair.b.files = true;
+    pair
+}
+
+/// The same with pages that the kernel copies from process to process.
+pub(crate) fn shm_pair_without_files() -> Pair {
+    shm(ShmConfig::default())
+}
+
+/// The same with so short turns that nearly every message takes several.
+pub(crate) fn shm_pair_with_short_turns() -> Pair {
+    shm(ShmConfig {
+        slice: 1500,
+        ..ShmConfig::default()
+    })
+}
+
+fn shm(config: ShmConfig) -> Pair {
+    let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let open = |name: &str| {
+        ShmDevice::open(ShmConfig {
+            name: name.into(),
+            rnr_timeout: Duration::from_secs(30),
+            ..config.clone()
+        })
+        .expect("open a shm device")
+    };
+    Pair::new(open("shm-a"), open("shm-b"), host, host)
 }
 
 /// Two ports of the machine, or the same one twice if there is only one.

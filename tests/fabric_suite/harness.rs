@@ -1,15 +1,17 @@
 //! Two ends, their memory, and waiting with a time limit.
 
 use std::{
-    alloc::{Layout, alloc, dealloc},
     net::IpAddr,
     sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, Instant},
 };
 
-use kvpush::fabric::{
-    Access, Completion, CompletionKind, Context, Device, LaneConfig, LaneId, MemoryKeys, Opcode,
-    PostError, RemoteKey, Sge, Status, WorkRequest,
+use kvpush::{
+    fabric::{
+        Access, Completion, CompletionKind, Context, Device, FileRange, LaneConfig, LaneId,
+        MemoryKeys, Opcode, PostError, RemoteKey, Sge, Status, WorkRequest,
+    },
+    memory::{HostMemory, Memory as _},
 };
 
 /// Longest wait for something that must happen; generous, because guests under emulation are slow.
@@ -27,76 +29,44 @@ pub(crate) fn descriptors_are_mine() -> RwLockWriteGuard<'static, ()> {
     DESCRIPTORS.write().unwrap_or_else(|e| e.into_inner())
 }
 
-/// A block of memory that is accessed only through raw pointers, as registered memory must be. Ends keep the blocks
-/// that are registered with them.
+/// A block of memory that is accessed only through raw pointers, as registered memory must be: a memory file, which only
+/// fabrics that look for one make use of. Ends keep the blocks that are registered with them.
 pub(crate) struct Memory {
-    base: *mut u8,
-    block: Arc<Block>,
+    block: Arc<HostMemory>,
 }
-
-// SAFETY: plain memory without thread affinity; accesses copy bytes through raw pointers.
-unsafe impl Send for Memory {}
-
-/// The allocation of a [`Memory`].
-struct Block {
-    base: *mut u8,
-    layout: Layout,
-}
-
-// SAFETY: it does nothing but free its memory, which any thread may do.
-unsafe impl Send for Block {}
-// SAFETY: nothing can be done with a reference to it.
-unsafe impl Sync for Block {}
 
 impl Memory {
     pub(crate) fn new(length: usize, fill: u8) -> Self {
-        let layout = Layout::from_size_align(length, 4096).expect("layout");
-        // SAFETY: the size is not zero in any test.
-        let base = unsafe { alloc(layout) };
-        assert!(!base.is_null());
+        let block = HostMemory::memfd("fabric-suite", length as u64).expect("a memory file");
         let memory = Self {
-            base,
-            block: Arc::new(Block { base, layout }),
+            block: Arc::new(block),
         };
         memory.write(0, &vec![fill; length]);
         memory
     }
 
     pub(crate) fn address(&self) -> u64 {
-        self.base.expose_provenance() as u64
+        self.block.address()
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.block.layout.size()
+        self.block.length() as usize
     }
 
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
-        assert!(offset + bytes.len() <= self.len());
-        // SAFETY: in bounds (asserted); the source is not this block.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(offset), bytes.len());
-        }
+        self.block.write(offset as u64, bytes).expect("in bounds");
     }
 
     pub(crate) fn read(&self, offset: usize, length: usize) -> Vec<u8> {
-        assert!(offset + length <= self.len());
         let mut bytes = vec![0; length];
-        // SAFETY: in bounds (asserted); the destination is not this block.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.base.add(offset), bytes.as_mut_ptr(), length);
-        }
+        self.block
+            .read(offset as u64, &mut bytes)
+            .expect("in bounds");
         bytes
     }
 
     pub(crate) fn all(&self) -> Vec<u8> {
         self.read(0, self.len())
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout; no memory or end holds it any more.
-        unsafe { dealloc(self.base, self.layout) };
     }
 }
 
@@ -107,7 +77,9 @@ pub(crate) struct End {
     pub done: Vec<Completion>,
     pub host: IpAddr,
     /// What is registered. Dropped after the context and the device.
-    registered: Vec<Arc<Block>>,
+    registered: Vec<Arc<HostMemory>>,
+    /// Whether to tell the device of the memory's file.
+    pub files: bool,
 }
 
 impl End {
@@ -121,6 +93,7 @@ impl End {
             done: Vec::new(),
             host,
             registered: Vec::new(),
+            files: false,
         }
     }
 
@@ -137,13 +110,22 @@ impl End {
     ) -> MemoryKeys {
         assert!(offset + length <= memory.len());
         self.registered.push(Arc::clone(&memory.block));
-        // SAFETY: in bounds (asserted) of a block that this end keeps until its context and device are dropped, and
-        // that is accessed only by raw pointers.
-        unsafe {
-            self.device
-                .register(memory.address() + offset as u64, length as u64, access)
-        }
-        .expect("register")
+        let (address, length) = (memory.address() + offset as u64, length as u64);
+        let keys = if self.files {
+            let range = FileRange {
+                fd: memory.block.fd().expect("a memory file"),
+                offset: offset as u64,
+                address,
+                length,
+            };
+            // SAFETY: as below; the block maps all of its file.
+            unsafe { self.device.register_file(&range, access) }
+        } else {
+            // SAFETY: in bounds (asserted) of a block that this end keeps until its context and device are dropped,
+            // and that is accessed only by raw pointers.
+            unsafe { self.device.register(address, length, access) }
+        };
+        keys.expect("register")
     }
 
     /// Posts requests over gather lists made by [`sge`], or of memory that lives through the call if they are inline.

@@ -21,6 +21,7 @@ use crate::{
 fn entry() {
     let over = match std::env::var(ROLE).as_deref() {
         Ok("tcp") => Over::Tcp,
+        Ok("shm") => Over::Shm,
         Ok("verbs") => Over::Verbs,
         // Somebody runs all that is ignored.
         _ => return,

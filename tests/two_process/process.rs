@@ -33,6 +33,7 @@ pub(crate) const ROLE: &str = "KVPUSH_TEST_CHILD";
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Over {
     Tcp,
+    Shm,
     Verbs,
 }
 
@@ -40,6 +41,7 @@ impl Over {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
+            Self::Shm => "shm",
             Self::Verbs => "verbs",
         }
     }
@@ -47,6 +49,7 @@ impl Over {
     pub(crate) fn fabric(self) -> Fabric {
         match self {
             Self::Tcp => Fabric::tcp(),
+            Self::Shm => Fabric::shm(),
             Self::Verbs => Fabric::verbs(),
         }
     }

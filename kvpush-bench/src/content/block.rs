@@ -28,6 +28,9 @@ impl Block {
     pub(crate) fn allocate(choice: MemoryChoice, length: u64) -> Result<Self> {
         let made = match choice.kind {
             MemoryKind::Host => HostMemory::new(length).map(|made| Self::Host(Arc::new(made))),
+            MemoryKind::Memfd => {
+                HostMemory::memfd("kvpush-bench", length).map(|made| Self::Host(Arc::new(made)))
+            }
             MemoryKind::Udmabuf => udmabuf(length).map(|made| Self::Dmabuf(Arc::new(made))),
             MemoryKind::Hip => {
                 HipMemory::new(choice.device, length).map(|made| Self::Hip(Arc::new(made)))
@@ -38,7 +41,7 @@ impl Block {
         };
         made.map_err(|error| {
             let next = match choice.kind {
-                MemoryKind::Host => "take fewer --pages, --requests or --layers",
+                MemoryKind::Host | MemoryKind::Memfd => "take fewer --pages, --requests or --layers",
                 MemoryKind::Udmabuf => {
                     "`kvpush-bench devices` says what this host has; --memory host needs nothing"
                 }

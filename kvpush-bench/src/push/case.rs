@@ -125,6 +125,11 @@ impl Session<'_> {
             }
         }
         bar.finish_and_clear();
+        if self.args.output.stats {
+            for endpoint in &ranks.endpoints {
+                out::note(endpoint.stats());
+            }
+        }
         self.connection.send(&ToServer::End)?;
         row.close();
         if !std::io::stderr().is_terminal() {

@@ -80,6 +80,26 @@ fn the_main_job_in_small() {
 }
 
 #[test]
+fn statistics_on_request() {
+    let outcome = run(&[&TINY[..], &["--stats"]].concat());
+    outcome.assert_code(0);
+    for word in [
+        "sessions 1 (failed 0, silent 0)",
+        " completed",
+        " bytes in ",
+        " stalls",
+    ] {
+        assert!(
+            outcome.err.contains(word),
+            "no {word:?} in\n{}",
+            outcome.err
+        );
+    }
+    let outcome = run(&TINY);
+    assert!(!outcome.err.contains(" stalls"), "{}", outcome.err);
+}
+
+#[test]
 fn between_two_hosts_with_other_numbers_of_ranks_and_mla() {
     let server = Server::start(&KEY);
     let json = Scratch::new("json");

@@ -58,6 +58,12 @@ impl Core {
         };
         session.peer = Some(peer);
         session.peer_name.clear();
+        // A fabric of one host is not offered to another host.
+        let rails = &self.rails;
+        session.untried.retain(|&kind| {
+            let mut of_kind = rails.iter().filter(|rail| rail.kind == kind);
+            of_kind.any(|rail| rail.device.may_reach(peer.ip()))
+        });
         self.offer(conn);
     }
 

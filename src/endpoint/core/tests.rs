@@ -6,6 +6,7 @@ mod garbage;
 mod hostile;
 mod limits;
 mod liveness;
+mod rails;
 mod recovery;
 mod schedules;
 mod swarm;

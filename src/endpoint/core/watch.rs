@@ -167,9 +167,6 @@ impl Core {
         let status = status_name(completion.status);
         let info = self.rails[lane.rail].device.info();
         if let Some(meters) = &session.meters {
-            if let Some(rail) = meters.rail(lane.rail) {
-                rail.failures.add(1);
-            }
             // By status, and rare: the handle is made when it is needed.
             metrics::counter!("kvpush_lane_failures_total",
                 "peer" => meters.name().to_owned(), "rail" => rail_name(info), "status" => status)
@@ -193,6 +190,51 @@ impl Core {
                 status => status_code(status),
             };
         });
+    }
+
+    /// A lane has failed, whatever showed it. The session looks after it.
+    pub(super) fn tell_lane_down(&self, conn: ConnId, index: usize) {
+        if let Some((rail, meters)) = self.lane_meters(conn, index) {
+            if let Some(rail) = meters.rail(rail) {
+                rail.failures.add(1);
+            }
+            self.record(EventKind::LaneDown, |event| {
+                event.session = conn.0;
+                (event.rail, event.lane) = (rail as u16, index as u16);
+            });
+        }
+    }
+
+    /// What a failed lane had carried without an acknowledgement is sent again, as far as it had not arrived.
+    pub(super) fn tell_replayed(&self, conn: ConnId, index: usize, parts: usize) {
+        if let Some((rail, meters)) = self.lane_meters(conn, index).filter(|_| parts > 0) {
+            if let Some(rail) = meters.rail(rail) {
+                rail.replayed.add(parts as u64);
+            }
+            self.record(EventKind::PartsReplayed, |event| {
+                event.session = conn.0;
+                (event.rail, event.lane) = (rail as u16, index as u16);
+                event.value = parts as u64;
+            });
+        }
+    }
+
+    /// A failed lane works again.
+    pub(super) fn tell_renewed(&self, conn: ConnId, index: usize) {
+        if let Some((rail, meters)) = self.lane_meters(conn, index) {
+            if let Some(rail) = meters.rail(rail) {
+                rail.renewals.add(1);
+            }
+            self.record(EventKind::LaneRenewed, |event| {
+                event.session = conn.0;
+                (event.rail, event.lane) = (rail as u16, index as u16);
+            });
+        }
+    }
+
+    fn lane_meters(&self, conn: ConnId, index: usize) -> Option<(usize, Arc<PeerMeters>)> {
+        let session = self.sessions.get(&conn)?;
+        Some((session.lanes.get(index)?.rail, session.meters.clone()?))
     }
 
     pub(super) fn tell_rail_failed(&self, rail: usize) {

@@ -1,6 +1,6 @@
 //! How a rail gets at a piece of memory. The policy, in one place:
 //!
-//! | Memory | On a NIC (verbs) | On a software fabric (TCP, simulated) |
+//! | Memory | On a NIC (verbs) | On a software fabric (TCP, shared memory, simulated) |
 //! |---|---|---|
 //! | host | plain | plain |
 //! | of a device, accessible by this process | dmabuf, peer memory, staged | plain, dmabuf, staged |
@@ -16,7 +16,10 @@ use std::{os::fd::AsFd, sync::Arc};
 
 use super::{MemoryPath, PathRefusal, RailKeys, grid::Grid};
 use crate::{
-    fabric::{Access, Device, DmabufRange, FabricError, FabricErrorKind, FabricKind, MemoryKeys},
+    fabric::{
+        Access, Device, DmabufRange, FabricError, FabricErrorKind, FabricKind, FileRange,
+        MemoryKeys,
+    },
     memory::{DeviceMemory, Dmabuf, Memory},
 };
 
@@ -199,9 +202,23 @@ impl Attempt<'_> {
             let first = self.memory.address() + at;
             // SAFETY: `Memory` promises the range until the value is dropped; the region holds it, and the driver
             // deregisters every key before it drops the region. It is host memory, or memory that this process can
-            // access on a software fabric, or a NIC's driver is asked to translate it.
-            self.made
-                .push(unsafe { self.rail.register(first, length, self.access) }?);
+            // access on a software fabric, or a NIC's driver is asked to translate it. `Memory::file` says which file
+            // it maps.
+            let keys = unsafe {
+                match self.memory.file() {
+                    Some((fd, offset)) => {
+                        let range = FileRange {
+                            fd,
+                            offset: offset + at,
+                            address: first,
+                            length,
+                        };
+                        self.rail.register_file(&range, self.access)
+                    }
+                    None => self.rail.register(first, length, self.access),
+                }
+            };
+            self.made.push(keys?);
         }
         Ok(grid)
     }

@@ -77,6 +77,8 @@ pub(crate) struct RailMeters {
     pub(crate) stalls: Tally,
     pub(crate) parts: Tally,
     pub(crate) failures: Tally,
+    pub(crate) renewals: Tally,
+    pub(crate) replayed: Tally,
 }
 
 impl RailMeters {
@@ -90,6 +92,8 @@ impl RailMeters {
             stalls: new("kvpush_stalls_total"),
             parts: new("kvpush_parts_arrived_total"),
             failures: new("kvpush_lanes_failed_total"),
+            renewals: new("kvpush_lanes_renewed_total"),
+            replayed: new("kvpush_parts_replayed_total"),
         }
     }
 }
@@ -226,6 +230,8 @@ impl PeerMeters {
                     stalls: meters.stalls.total(),
                     parts: meters.parts.total(),
                     lane_failures: meters.failures.total(),
+                    lane_renewals: meters.renewals.total(),
+                    parts_replayed: meters.replayed.total(),
                 })
                 .collect(),
         }

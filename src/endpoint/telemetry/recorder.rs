@@ -58,6 +58,8 @@ pub enum EventKind {
     ArrivalEnded,
     /// The endpoint begins to drain; `value` is its time in milliseconds.
     Draining,
+    /// A lane was set aside, by whatever showed that it does not work.
+    LaneDown,
     /// A lane was replaced by a new one.
     LaneRenewed,
     /// Parts were posted again; `value` says how many.

@@ -100,6 +100,10 @@ pub struct RailStats {
     pub parts: u64,
     /// Lanes that failed.
     pub lane_failures: u64,
+    /// Failed lanes of sessions of ours that work again.
+    pub lane_renewals: u64,
+    /// Parts that a failed lane had carried and that were sent again.
+    pub parts_replayed: u64,
 }
 
 /// What happened with one peer since this endpoint was started.

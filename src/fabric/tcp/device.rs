@@ -153,7 +153,7 @@ impl TcpDevice {
         access: Access,
         mapping: Option<Mapping>,
     ) -> Result<MemoryKeys, FabricError> {
-        let keys = self.registry.insert(address, length, access, mapping);
+        let keys = self.registry.insert(address, length, access, mapping, ());
         keys.ok_or_else(|| {
             let kind = FabricErrorKind::Limit {
                 what: "registrations since the device was opened",

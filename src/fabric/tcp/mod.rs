@@ -32,13 +32,13 @@ mod context;
 mod device;
 mod greet;
 mod lane;
-mod memory;
 mod receive;
 mod send;
 mod sys;
 mod transmit;
 mod wire;
 
+use super::registry as memory;
 pub use device::{TcpConfig, TcpDevice};
 
 #[cfg(test)]

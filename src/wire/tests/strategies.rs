@@ -35,7 +35,12 @@ fn text(limit: usize) -> impl Strategy<Value = String> {
 }
 
 fn fabric() -> impl Strategy<Value = FabricKind> {
-    select(vec![FabricKind::Sim, FabricKind::Tcp, FabricKind::Verbs])
+    select(vec![
+        FabricKind::Sim,
+        FabricKind::Tcp,
+        FabricKind::Verbs,
+        FabricKind::Shm,
+    ])
 }
 
 pub(in crate::wire) fn address() -> impl Strategy<Value = String> {

@@ -59,6 +59,7 @@ impl Core {
                     lane.state = LaneState::Failing;
                     session.last_failure = Some(error);
                     self.failing.push((conn, index, lane.epoch));
+                    self.tell_lane_down(conn, index);
                 }
             }
         }

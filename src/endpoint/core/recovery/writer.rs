@@ -36,6 +36,7 @@ impl Core {
         }
         tracing::info!(peer = session.name(), lane = index, epoch = lane.epoch, %error, "lane failed");
         let (rail, id, reserved) = (lane.rail, lane.id, lane.reserved);
+        self.tell_lane_down(conn, index);
         if let Err(source) = self.destroy_lane(rail, id, reserved) {
             // A device may still read for it, so whatever used it is in doubt. The lane is still live, and ending the
             // session finds that out again.
@@ -174,11 +175,13 @@ impl Core {
                 return;
             }
         };
+        let unacknowledged = asked.len();
         let counted: HashSet<_> = asked
             .into_iter()
             .zip(fenced.counted)
             .filter_map(|(part, counted)| counted.then_some(part))
             .collect();
+        let replayed = unacknowledged.saturating_sub(counted.len());
         let mut arrived = Vec::new();
         let load = &mut lane.load;
         lane.queue.retain(|task| {
@@ -203,6 +206,7 @@ impl Core {
             let action = push.machine.not_needed();
             self.push_action(id, action);
         }
+        self.tell_replayed(conn, index, replayed);
         self.move_tasks(conn, index);
         if renew_at <= self.now {
             self.renew(conn, index);
@@ -318,6 +322,7 @@ impl Core {
         lane.backoff.up(self.now);
         lane.state = LaneState::Up;
         session.down_since = None;
+        self.tell_renewed(conn, index);
         self.move_all(conn);
         self.pump(conn, index);
     }

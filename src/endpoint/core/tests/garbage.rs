@@ -121,8 +121,12 @@ impl Speaker {
         Message::Hello(Hello {
             incarnation: self.incarnation(),
             name: "garbage".to_owned(),
-            fabric: [FabricKind::Sim, FabricKind::Tcp, FabricKind::Verbs]
-                [self.random.below(3) as usize],
+            fabric: [
+                FabricKind::Sim,
+                FabricKind::Tcp,
+                FabricKind::Verbs,
+                FabricKind::Shm,
+            ][self.random.below(3) as usize],
             supported: self.number() as u8,
             rails: self.list(3, |s| RailOffer {
                 rail: s.number() as u8,

@@ -331,3 +331,34 @@ fn events_do_not_grow_with_what_is_moved() {
     // The first made the session, too: three events.
     assert_eq!(events[0] - 4, events[1], "{events:?}");
 }
+
+/// A lane fails in the middle of a push: the log says which and why, and the counters that it was made again.
+#[test]
+fn a_failed_lane_is_told() {
+    let mut pair = Pair::new();
+    let (arrival, push) = pair.open(1);
+    let core = &pair.world.nodes[0].core;
+    let (_, lane) = *core.lanes.keys().next().expect("a lane");
+    assert!(pair.world.net.fail_lane("sim0-0", lane));
+    for layer in 0..2 {
+        push.layer(layer, &[1]).unwrap();
+    }
+    push.start_finish("end").unwrap();
+    pair.run(Duration::from_secs(5));
+    assert_eq!(arrival.poll_complete().unwrap().unwrap(), "end");
+    let rail = &pair.stats(0).peers[0].rails[0];
+    assert_eq!((rail.lane_failures, rail.lane_renewals), (1, 1), "{rail:?}");
+    let kinds = pair.kinds(0);
+    for kind in [EventKind::LaneDown, EventKind::LaneRenewed] {
+        assert!(kinds.contains(&kind), "no {kind:?}: {kinds:?}");
+    }
+    let lines = pair.log.0.lock();
+    let failed: Vec<_> = lines
+        .iter()
+        .filter(|line| line.fields["message"] == "lane failed")
+        .collect();
+    assert!(
+        failed.iter().any(|line| line.fields.contains_key("lane")),
+        "{lines:#?}"
+    );
+}

@@ -1,4 +1,5 @@
-//! Registered memory: a table that any thread extends and that the context reads without a lock.
+//! Registered memory of the software fabrics that run in real time (TCP, shared memory): a table that any thread extends
+//! and that the context reads without a lock. A fabric may keep something of its own (`T`) with each registration.
 //!
 //! Writers build a new immutable table and bump a version; the context keeps the last table it saw and fetches a newer
 //! one only when the version moved. Keys are never reused, so a stale key names nothing.
@@ -17,14 +18,14 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::super::{
+use super::{
     Access, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Window, WindowBind, WindowId,
     mapping::Mapping,
 };
 
 /// One registration.
 #[derive(Clone, Debug)]
-pub(super) struct Region {
+pub(super) struct Region<T = ()> {
     keys: MemoryKeys,
     /// How requests and peers name the first byte.
     address: u64,
@@ -33,18 +34,25 @@ pub(super) struct Region {
     /// Where it is in this process: a dmabuf where it is mapped, other memory where its address says.
     host: u64,
     mapping: Option<Arc<Mapping>>,
+    /// For a window: how far into its registration it begins.
+    skipped: u64,
+    own: T,
 }
 
 /// A range that a key allows.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Found<'a> {
+pub(super) struct Found<'a, T = ()> {
     /// Where it is in this process.
     pub(super) host: u64,
     /// What keeps it there, if it is in a dmabuf.
     pub(super) mapping: Option<&'a Arc<Mapping>>,
+    /// How far into the registration it begins.
+    pub(super) offset: u64,
+    /// What the fabric keeps with the registration.
+    pub(super) own: &'a T,
 }
 
-impl Region {
+impl<T> Region<T> {
     fn contains(&self, address: u64, length: u64) -> bool {
         address
             .checked_sub(self.address)
@@ -52,11 +60,24 @@ impl Region {
             .is_some_and(|end| end <= self.length)
     }
 
-    fn find(&self, address: u64, length: u64, intent: Intent) -> Option<Found<'_>> {
+    fn find(&self, address: u64, length: u64, intent: Intent) -> Option<Found<'_, T>> {
         (self.contains(address, length) && intent.allowed(self.access)).then(|| Found {
             host: self.host + (address - self.address),
             mapping: self.mapping.as_ref(),
+            offset: self.skipped + (address - self.address),
+            own: &self.own,
         })
+    }
+
+    /// What the fabric keeps with it.
+    pub(super) fn own(&self) -> &T {
+        &self.own
+    }
+
+    /// Whether requests that name `[address, address + length)` name a byte of it.
+    pub(super) fn names(&self, address: u64, length: u64) -> bool {
+        let end = self.address.saturating_add(self.length);
+        address < end && address.saturating_add(length) > self.address
     }
 
     /// Whether bytes of this process at `[first, first + length)` are of it.
@@ -91,10 +112,19 @@ impl Intent {
 }
 
 /// All registrations, sorted by local and by remote key.
-#[derive(Clone, Debug, Default)]
-struct Table {
-    local: Vec<Region>,
-    remote: Vec<Region>,
+#[derive(Clone, Debug)]
+struct Table<T> {
+    local: Vec<Region<T>>,
+    remote: Vec<Region<T>>,
+}
+
+impl<T> Default for Table<T> {
+    fn default() -> Self {
+        Self {
+            local: Vec::new(),
+            remote: Vec::new(),
+        }
+    }
 }
 
 /// Keys without repetition and without a pattern: a pseudo-random permutation (Luby and Rackoff, 1988: four Feistel
@@ -152,23 +182,23 @@ const WINDOW: u32 = 1 << 31;
 
 /// A window that is bound.
 #[derive(Clone, Debug)]
-struct WindowRange {
+struct WindowRange<T> {
     lane: LaneId,
     /// The part of the registration, with the rights of the window.
-    range: Region,
+    range: Region<T>,
 }
 
 /// The windows of a context. The identifier of one is a counter, and its key's name in the table.
 #[derive(Debug)]
-struct Windows {
+struct Windows<T> {
     keys: KeySequence,
     next: u64,
-    by_key: HashMap<u32, WindowRange>,
+    by_key: HashMap<u32, WindowRange<T>>,
     by_id: HashMap<WindowId, u32>,
 }
 
-impl Windows {
-    fn remove(&mut self, id: WindowId) -> Option<WindowRange> {
+impl<T> Windows<T> {
+    fn remove(&mut self, id: WindowId) -> Option<WindowRange<T>> {
         let key = self.by_id.remove(&id)?;
         self.by_key.remove(&key)
     }
@@ -176,19 +206,19 @@ impl Windows {
 
 /// The registrations of a device. Any thread may call.
 #[derive(Debug)]
-pub(super) struct Registry {
+pub(super) struct Registry<T = ()> {
     version: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<State<T>>,
 }
 
 #[derive(Debug)]
-struct State {
+struct State<T> {
     keys: KeySequence,
     next_mr: u64,
-    table: Arc<Table>,
+    table: Arc<Table<T>>,
 }
 
-impl Registry {
+impl<T: Clone> Registry<T> {
     pub(super) fn new() -> Self {
         Self {
             version: AtomicU64::new(0),
@@ -207,6 +237,7 @@ impl Registry {
         length: u64,
         access: Access,
         mapping: Option<Mapping>,
+        own: T,
     ) -> Option<MemoryKeys> {
         let mut state = self.state.lock();
         let keys = MemoryKeys {
@@ -222,6 +253,8 @@ impl Registry {
             access,
             host: mapping.as_ref().map_or(address, Mapping::first),
             mapping: mapping.map(Arc::new),
+            skipped: 0,
+            own,
         };
         let mut table = Table::clone(&state.table);
         let at = table
@@ -237,7 +270,7 @@ impl Registry {
     }
 
     /// Removes a registration and returns what it was.
-    pub(super) fn remove(&self, mr: MrId) -> Option<Region> {
+    pub(super) fn remove(&self, mr: MrId) -> Option<Region<T>> {
         let mut state = self.state.lock();
         let mut table = Table::clone(&state.table);
         let at = table.local.iter().position(|r| r.keys.mr == mr)?;
@@ -247,7 +280,13 @@ impl Registry {
         Some(region)
     }
 
-    fn publish(&self, state: &mut State, table: Table) {
+    /// Whether what the fabric keeps with each registration is as `like` says.
+    pub(super) fn all(&self, like: impl Fn(&T) -> bool) -> bool {
+        let table = Arc::clone(&self.state.lock().table);
+        table.local.iter().all(|region| like(&region.own))
+    }
+
+    fn publish(&self, state: &mut State<T>, table: Table<T>) {
         state.table = Arc::new(table);
         self.version.fetch_add(1, Ordering::Release);
     }
@@ -255,15 +294,15 @@ impl Registry {
 
 /// The context's view of a [`Registry`]. Owned by the context's thread.
 #[derive(Debug)]
-pub(super) struct MemoryView {
-    registry: Arc<Registry>,
+pub(super) struct MemoryView<T = ()> {
+    registry: Arc<Registry<T>>,
     version: u64,
-    table: Arc<Table>,
-    windows: Windows,
+    table: Arc<Table<T>>,
+    windows: Windows<T>,
 }
 
-impl MemoryView {
-    pub(super) fn new(registry: Arc<Registry>) -> Self {
+impl<T: Clone> MemoryView<T> {
+    pub(super) fn new(registry: Arc<Registry<T>>) -> Self {
         let mut view = Self {
             registry,
             version: u64::MAX,
@@ -287,7 +326,7 @@ impl MemoryView {
         address: u64,
         length: u64,
         intent: Intent,
-    ) -> Option<Found<'_>> {
+    ) -> Option<Found<'_, T>> {
         self.refresh();
         let table = &self.table.local;
         let found = table.binary_search_by_key(&key.0, |r| r.keys.local.0);
@@ -305,7 +344,7 @@ impl MemoryView {
         address: u64,
         length: u64,
         intent: Intent,
-    ) -> Option<Found<'_>> {
+    ) -> Option<Found<'_, T>> {
         if key & WINDOW != 0 {
             let window = self.windows.by_key.get(&key)?;
             let its_own = window.lane == lane;
@@ -362,6 +401,7 @@ impl MemoryView {
             length: bind.length,
             access: bind.access,
             host: region.host + (bind.address - region.address),
+            skipped: bind.address - region.address,
             ..region.clone()
         };
         self.windows.by_key.insert(key, WindowRange { lane, range });
@@ -380,7 +420,7 @@ impl MemoryView {
     }
 
     /// Takes a window back; later lookups do not find it. Returns its range if the peer might read from it.
-    pub(super) fn unbind(&mut self, id: WindowId) -> Option<Region> {
+    pub(super) fn unbind(&mut self, id: WindowId) -> Option<Region<T>> {
         let window = self.windows.remove(id)?;
         Some(window.range).filter(|range| range.access.remote_read)
     }
@@ -394,7 +434,7 @@ impl MemoryView {
     }
 
     /// Ends a registration; later lookups do not find it.
-    pub(super) fn remove(&mut self, mr: MrId) -> Option<Region> {
+    pub(super) fn remove(&mut self, mr: MrId) -> Option<Region<T>> {
         let region = self.registry.remove(mr);
         self.refresh();
         region
@@ -450,10 +490,10 @@ mod tests {
 
     #[test]
     fn bounds_use_checked_arithmetic() {
-        let registry = Arc::new(Registry::new());
+        let registry = Arc::new(Registry::<()>::new());
         let mut view = MemoryView::new(Arc::clone(&registry));
         let keys = registry
-            .insert(0x1000, 0x1000, Access::REMOTE_WRITE, None)
+            .insert(0x1000, 0x1000, Access::REMOTE_WRITE, None, ())
             .unwrap();
         let mut ask = |address, length| {
             view.remote(LANE, keys.remote.0, address, length, Intent::RemoteWrite)
