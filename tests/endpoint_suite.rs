@@ -7,6 +7,8 @@
 mod access;
 #[path = "endpoint_suite/drain.rs"]
 mod drain;
+#[path = "endpoint_suite/far.rs"]
+mod far;
 #[path = "endpoint_suite/fixture.rs"]
 mod fixture;
 #[path = "endpoint_suite/inputs.rs"]
@@ -17,6 +19,8 @@ mod lifecycle;
 mod mover;
 #[path = "endpoint_suite/regions.rs"]
 mod regions;
+#[path = "endpoint_suite/staging.rs"]
+mod staging;
 #[path = "endpoint_suite/transfers.rs"]
 mod transfers;
 #[path = "endpoint_suite/vanish.rs"]
@@ -87,6 +91,12 @@ macro_rules! all_cases {
             regions::one_registration_for_the_same_memory,
             regions::overlapping_regions_are_their_own,
             regions::a_pool_in_use_is_not_closed,
+            staging::everything_arrives_through_host_memory,
+            staging::a_layer_is_ready_when_it_has_been_copied,
+            staging::revoked_while_it_is_copied,
+            staging::a_device_that_fails_ends_both_sides,
+            staging::a_full_arena_makes_grants_wait,
+            staging::what_cannot_be_staged_is_refused,
             vanish::a_peer_vanishes,
             drain::a_drain_lets_pushes_finish,
             drain::a_drain_cuts_what_does_not_finish,

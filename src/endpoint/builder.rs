@@ -219,6 +219,15 @@ impl Builder {
         self
     }
 
+    /// Bytes of pinned host memory for pushes of memory that a rail cannot reach ([`MemoryPath::Staged`]); by default
+    /// 64 MiB, allocated when the first pool needs them. Half of it is for what this side sends, half for what it
+    /// receives: the granted pages of all open grants of staged pools must fit into that half. Further ones wait, and a
+    /// grant that is larger than the half is refused. 0 forbids staging.
+    pub fn staging_memory(mut self, bytes: u64) -> Self {
+        self.config.staging_memory = bytes;
+        self
+    }
+
     /// Most bytes of one registration of a pool or region; longer ones are registered in several. By default as many as
     /// the device allows.
     pub fn max_registration(mut self, bytes: u64) -> Self {
@@ -326,6 +335,7 @@ impl Builder {
             topology,
             tails,
             registry: Arc::new(Registry::default()),
+            staging: parking_lot::Mutex::default(),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
             telemetry: core.telemetry(),
@@ -365,6 +375,7 @@ fn check(config: &Config) -> Result<(), EndpointError> {
         ("parts_per_layer", config.parts_per_layer.into(), 1, 1024),
         ("tail_capacity", config.tail_capacity.into(), 0, 1 << 20),
         ("max_transfers", config.max_transfers.into(), 1, 1 << 16),
+        ("staging_memory", config.staging_memory, 0, 1 << 40),
         ("max_peers", config.max_peers.into(), 1, 4096),
     ];
     for (setting, value, least, most) in ranges {

@@ -85,6 +85,7 @@ pub(crate) struct Config {
     pub(crate) flush: bool,
     pub(crate) protection: Protection,
     pub(crate) max_windows: u32,
+    pub(crate) staging_memory: u64,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
 }
@@ -121,6 +122,7 @@ impl Default for Config {
             flush: true,
             protection: Protection::Region,
             max_windows: 64,
+            staging_memory: 64 << 20,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),
         }

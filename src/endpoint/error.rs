@@ -61,6 +61,14 @@ pub enum EndpointError {
         /// Why not by each path ([`Builder::memory_paths`](super::Builder::memory_paths)).
         refused: Vec<PathRefusal>,
     },
+    /// Some regions of a pool have to be staged, and this one cannot be, because rails reach it.
+    #[error(
+        "region {region} need not be staged in a pool that has to be (hint: pools of one kind of memory)"
+    )]
+    MixedPool {
+        /// The region.
+        region: usize,
+    },
     /// A pool falls into more registrations than a peer can be told of.
     #[error(
         "the pool takes {extents} registrations, of which {limit} can be told (hint: shorter pools)"
@@ -159,6 +167,16 @@ pub enum IssueError {
         /// The layer that lacks some.
         layer: usize,
     },
+    /// The pool has to be staged, and the pages do not fit into staging memory.
+    #[error(
+        "the pages take {bytes} bytes of staging memory, of which grants have {room} (hint: Builder::staging_memory)"
+    )]
+    TooLargeToStage {
+        /// Bytes that the pages take.
+        bytes: u64,
+        /// Bytes that there are for grants.
+        room: u64,
+    },
     /// The deadline is zero.
     #[error("a grant needs time: its deadline is zero")]
     NoTime,
@@ -202,6 +220,23 @@ pub struct FlushError {
 }
 
 impl FlushError {
+    /// Whether the same call can succeed later: nobody knows that of a runtime that failed once.
+    pub fn is_retryable(&self) -> bool {
+        false
+    }
+}
+
+/// A device did not copy between its memory and the host's, for a rail that cannot reach it by itself.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("staging of {kind:?} memory: {reason}")]
+pub struct StagingError {
+    /// What the memory is.
+    pub kind: MemoryKind,
+    /// The runtime's words.
+    pub reason: String,
+}
+
+impl StagingError {
     /// Whether the same call can succeed later: nobody knows that of a runtime that failed once.
     pub fn is_retryable(&self) -> bool {
         false
@@ -400,6 +435,9 @@ pub enum PushError {
     /// change. They stay registered.
     #[error("lanes could not be fenced, the source pages must not be used again: {0}")]
     Unfenced(Box<FabricError>),
+    /// The device did not copy the source pages to staging memory.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
     /// No lane joins a rail that the source pool uses with one that the granted pool uses.
     #[error(
         "no lane joins the rails of both pools: the source pool uses lanes of [{}], the granted one those whose other \
@@ -423,6 +461,7 @@ impl PushError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Refused { code, .. } => code.is_retryable(),
+            Self::Staging(error) => error.is_retryable(),
             Self::Peer(error) => error.is_retryable(),
             Self::Expired | Self::Revoked(_) => true,
             Self::Input(_)
@@ -532,6 +571,9 @@ pub enum ArrivalError {
     /// The bytes are there, but the device whose memory they are in did not make them visible to its kernels.
     #[error(transparent)]
     Flush(#[from] FlushError),
+    /// The bytes are in staging memory, but the device did not copy them to the pages. What the pages hold is unknown.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
     /// There is no such layer to wait for.
     #[error("layer {layer} does not exist, there are {layers}")]
     NoSuchLayer {
@@ -550,6 +592,7 @@ impl ArrivalError {
             Self::Revoked | Self::Unfenced(_) | Self::NoSuchLayer { .. } => false,
             Self::Peer(error) => error.is_retryable(),
             Self::Flush(error) => error.is_retryable(),
+            Self::Staging(error) => error.is_retryable(),
         }
     }
 }

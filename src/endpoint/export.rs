@@ -9,7 +9,7 @@ use std::{
 use super::{
     AccessError, Endpoint, EndpointError, PeerError,
     core::{AccessEntry, AccessOp, Command, ExportRecord, RegionKeys},
-    regions::{Exports, RegionPaths},
+    regions::{Exports, MemoryPath, PathRefusal, RegionPaths},
     shared::{AccessShared, EndpointShared, ExportHandle},
 };
 use crate::{
@@ -51,6 +51,17 @@ impl Endpoint {
         };
         let nonce = random_nonce().map_err(random)?;
         let region = shared.register(memory, access, &mut Exports::default())?;
+        if let Some(rail) = (0..shared.devices.len()).find(|&rail| !region.is_reached(rail)) {
+            // A pool has registered it, and may have it staged. Nothing of the kind is done for one-sided access.
+            let info = shared.devices[rail].info();
+            let rail = format!("{}/{}", info.name, info.port);
+            shared.command(Command::Deregister(region));
+            let refused = vec![PathRefusal {
+                path: MemoryPath::Staged,
+                reason: "only pools are staged".to_owned(),
+            }];
+            return Err(EndpointError::Unreachable { rail, refused });
+        }
         let id = shared.next_export.fetch_add(1, Ordering::Relaxed);
         let token = RegionToken::new(RegionTokenFields {
             issuer: shared.incarnation,

@@ -44,12 +44,12 @@ pub use self::{
     drain::{DrainCount, DrainReport},
     error::{
         AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
-        PushInputError,
+        PushInputError, StagingError,
     },
     export::{LocalRegion, RemoteRegion},
     pool::{GrantOptions, Pool, PoolInUse, PoolOptions},
     push::{Push, PushReport},
-    regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths},
+    regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths, StagingStats},
     telemetry::{Event, EventKind, FlightRecord, Levels, Outcomes, PeerStats, RailStats, Stats},
 };
 use self::{
@@ -110,6 +110,13 @@ impl Endpoint {
     /// registered since.
     pub fn is_registered(&self, region: RegionId) -> bool {
         self.shared().registry.is_live(region)
+    }
+
+    /// What has gone through staging memory so far; all zero if no pool needs it.
+    pub fn staging(&self) -> StagingStats {
+        let staging = self.shared().staging.lock();
+        let arena = staging.as_ref();
+        arena.map_or_else(StagingStats::default, |arena| arena.counters.stats())
     }
 
     /// Registrations that there are, each counted once however many pools share it.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{
     Arrival, Endpoint, EndpointError, FlushError, IssueError, RailChoice, choice,
-    core::{ArrivalEntry, Command},
+    core::{ArrivalEntry, Command, landing_bytes},
     regions::{Exports, Region, RegionPaths},
     shared::{ArrivalShared, EndpointShared, PoolHandle, PoolRecord},
 };
@@ -137,7 +137,8 @@ impl EndpointShared {
             });
             Err(error)
         };
-        let mut exports = Exports::default();
+        let arena = || shared.staging_arena();
+        let mut exports = Exports::with_arena(&arena);
         for memory in memory {
             match shared.register(memory, Access::REMOTE_WRITE, &mut exports) {
                 Ok(region) => regions.push(region),
@@ -145,6 +146,11 @@ impl EndpointShared {
             }
         }
         drop(exports);
+        if regions.iter().any(|region| region.staged().is_some())
+            && let Some(region) = regions.iter().position(|region| region.staged().is_none())
+        {
+            return give_up(regions, EndpointError::MixedPool { region });
+        }
         let extents = regions.iter().flat_map(Region::rails);
         let extents = extents
             .map(|rail| rail.remote().len().saturating_sub(1))
@@ -283,6 +289,13 @@ impl Pool {
                 parts_per_layer,
             })?;
         pages::check_unique(pages, record.layout.pages)?;
+        if let Some(arena) = record.arena().filter(|_| record.staged.iter().all(|&s| s)) {
+            let bytes = landing_bytes(&record.layout, pages.len(), heads);
+            let room = arena.landing_bytes();
+            if bytes > room {
+                return Err(IssueError::TooLargeToStage { bytes, room });
+            }
+        }
         let limit = config.max_transfers;
         let tail_slot = endpoint.tails.take().ok_or(IssueError::TooMany { limit })?;
         let grant = Grant::new(GrantFields {

@@ -20,7 +20,7 @@ use super::{
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
-    regions::{AddressIndex, Entry, Exports, Region, Registry},
+    regions::{AddressIndex, Arena, Entry, Exports, Policy, Region, Registry},
     signal::Signal,
     telemetry::{Event, Telemetry},
     wake::WakeHandle,
@@ -28,7 +28,7 @@ use super::{
 use crate::{
     fabric::{Access, Device, LocalKey, MrId, RemoteKey},
     kv::{HeadRange, KvLayout},
-    memory::HostMemory,
+    memory::{HostMemory, Memory, Visibility},
     topology::Topology,
     wire::{GrantId, Incarnation, PoolId, TailHeader},
 };
@@ -44,6 +44,8 @@ pub(crate) struct EndpointShared {
     pub(crate) topology: OnceLock<Topology>,
     pub(crate) tails: Arc<TailArena>,
     pub(crate) registry: Arc<Registry>,
+    /// Made when the first pool needs it.
+    pub(crate) staging: Mutex<Option<Arc<Arena>>>,
     pub(crate) closed: AtomicBool,
     pub(crate) drain: DrainShared,
     pub(crate) telemetry: Arc<Telemetry>,
@@ -69,7 +71,7 @@ impl EndpointShared {
         &self,
         memory: Arc<dyn crate::memory::Memory>,
         access: Access,
-        exports: &mut Exports,
+        exports: &mut Exports<'_>,
     ) -> Result<Region, EndpointError> {
         let (devices, policy) = (&self.devices, &self.config.policy);
         let result = self
@@ -83,6 +85,36 @@ impl EndpointShared {
     }
 }
 
+impl EndpointShared {
+    /// The memory through which pushes go that a rail cannot fetch or place by itself.
+    pub(crate) fn staging_arena(&self) -> Result<Arc<Arena>, String> {
+        let mut staging = self.staging.lock();
+        if let Some(arena) = &*staging {
+            return Ok(Arc::clone(arena));
+        }
+        let bytes = self.config.staging_memory;
+        if bytes == 0 {
+            return Err("there is no staging memory (Builder::staging_memory)".to_owned());
+        }
+        let memory = Arc::new(HostMemory::new(bytes).map_err(|error| error.to_string())?);
+        let shared = Arc::clone(&memory) as Arc<dyn Memory>;
+        let policy = Policy::default();
+        let region = Region::register(shared, Access::REMOTE_WRITE, &self.devices, &policy);
+        let region = region.map_err(|failed| {
+            let (error, partial) = *failed;
+            self.command(Command::Deregister(partial));
+            EndpointError::from(error).to_string()
+        })?;
+        if region.is_cut() {
+            self.command(Command::Deregister(region));
+            return Err("staging memory is longer than a device registers at once".to_owned());
+        }
+        let arena = Arc::new(Arena::new(memory, region));
+        *staging = Some(Arc::clone(&arena));
+        Ok(arena)
+    }
+}
+
 /// A pool: memory, where the pages are in it, and which of them belong to live grants.
 #[derive(Debug)]
 pub(crate) struct PoolRecord {
@@ -93,6 +125,8 @@ pub(crate) struct PoolRecord {
     pub(crate) rails: Vec<RailDistance>,
     /// Whether some region is cut on some rail, so that writes may have to be.
     pub(crate) is_cut: bool,
+    /// For each rail, whether it does not reach some region, so that what goes over its fabric is staged.
+    pub(crate) staged: Vec<bool>,
     /// Which region holds an address.
     pub(crate) index: AddressIndex,
     /// Regions in memory of devices, one for each device that has to be told of a NIC's writes.
@@ -121,12 +155,19 @@ impl PoolRecord {
             id,
             layout,
             is_cut: regions.iter().any(Region::is_cut),
+            staged: staged_rails(&regions),
             index: AddressIndex::new(&entries),
             flushed: flushed(&regions),
             regions,
             rails,
             reserved: Mutex::new(vec![0; pages]),
         }
+    }
+
+    /// The arena, if it is staged on some rail.
+    pub(crate) fn arena(&self) -> Option<&Arc<Arena>> {
+        let staged = self.regions.iter().find_map(Region::staged)?;
+        Some(&staged.arena)
     }
 
     /// Whether its pages may go through `rail`.
@@ -205,6 +246,13 @@ impl PoolRecord {
     }
 }
 
+fn staged_rails(regions: &[Region]) -> Vec<bool> {
+    let rails = regions.iter().map(|region| region.rails().len()).max();
+    (0..rails.unwrap_or(0))
+        .map(|rail| regions.iter().any(|region| !region.is_reached(rail)))
+        .collect()
+}
+
 /// The regions to flush: a device is told once, however many of its regions there are, if it says which it is.
 fn flushed(regions: &[Region]) -> Vec<usize> {
     let mut devices = Vec::new();
@@ -213,6 +261,9 @@ fn flushed(regions: &[Region]) -> Vec<usize> {
         let Some(device) = region.memory().device() else {
             continue;
         };
+        if device.visibility() == Visibility::Ordered {
+            continue;
+        }
         let location = device.location();
         if location.is_none() || !devices.contains(&location) {
             devices.push(location);

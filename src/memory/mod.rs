@@ -9,6 +9,8 @@ pub mod dmabuf;
 mod error;
 pub mod gpu;
 mod host;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use device::{
     BadPciAddress, Copier, Copy, DeviceMemory, Direction, Dmabuf, PciAddress, Span, Ticket,

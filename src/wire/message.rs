@@ -270,6 +270,8 @@ pub(crate) struct Accept {
     /// If there are any, they are the only keys there are: neither the tail nor the pool has others.
     pub(crate) windows: Option<GrantWindows>,
     pub(crate) pool: Option<PoolDescriptor>,
+    /// Where to write in place of the pool, for this push only: page `i` is for position `i` of the grant.
+    pub(crate) landing: Option<PoolDescriptor>,
 }
 
 /// Where the tail goes: a header and then at most `capacity` bytes.

@@ -125,9 +125,11 @@ impl Message {
                 if let Some(windows) = &accept.windows {
                     windows.write(w)?;
                 }
-                w.bool(accept.pool.is_some());
-                if let Some(pool) = &accept.pool {
-                    pool.write(w)?;
+                for pool in [&accept.pool, &accept.landing] {
+                    w.bool(pool.is_some());
+                    if let Some(pool) = pool {
+                        pool.write(w)?;
+                    }
                 }
             }
             Self::Refuse(refuse) => {
@@ -313,6 +315,10 @@ impl Message {
                         false => None,
                     },
                     pool: match r.bool("has pool")? {
+                        true => Some(PoolDescriptor::read(r)?),
+                        false => None,
+                    },
+                    landing: match r.bool("has landing")? {
                         true => Some(PoolDescriptor::read(r)?),
                         false => None,
                     },

@@ -11,6 +11,7 @@ use kvpush::{
     kv::{KvLayout, region_lengths},
     memory::{
         Copier, DeviceMemory, Dmabuf, HostMemory, Memory, MemoryError, MemoryKind, PciAddress,
+        Visibility,
     },
 };
 
@@ -80,6 +81,10 @@ impl DeviceMemory for Accessible {
 
     fn copier(&self) -> Result<Box<dyn Copier>, MemoryError> {
         refuse("copier")
+    }
+
+    fn visibility(&self) -> Visibility {
+        Visibility::RuntimeFlush
     }
 
     fn flush(&self) -> Result<(), MemoryError> {

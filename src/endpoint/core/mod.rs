@@ -21,6 +21,7 @@
 //! | `drain` | going away in good order |
 //! | `limits` | what a peer can make this side hold |
 //! | `liveness` | whether a peer is still there |
+//! | `staging` | pushes of memory that a rail cannot reach |
 //! | `watch` | what is told of all this: counters, events, the log |
 //! | `timers` | what must be looked at when |
 //!
@@ -44,6 +45,7 @@ mod reader;
 mod recovery;
 mod remote;
 mod session;
+mod staging;
 mod timers;
 mod watch;
 mod windows;
@@ -59,12 +61,14 @@ pub(crate) use self::{
     command::{Command, Control, ControlEvent},
     connect::ConnectEntry,
     reader::ArrivalEntry,
+    staging::landing_bytes,
     writer::PushEntry,
 };
 use self::{
     drain::Draining,
     pump::Scratch,
     session::{LaneState, Role, Session},
+    staging::Staging,
     timers::Timers,
 };
 use super::{
@@ -142,6 +146,7 @@ pub(crate) struct Core {
     /// Levels as they were told last.
     told: [u64; Levels::COUNT],
     timers: Timers,
+    staging: Staging,
     /// Nothing new begins.
     draining: Option<Draining>,
     scratch: Scratch,
@@ -201,6 +206,7 @@ impl Core {
             telemetry: Arc::new(telemetry),
             told: [0; Levels::COUNT],
             timers: Timers::default(),
+            staging: Staging::default(),
             draining: None,
             scratch: Scratch::default(),
             completions: Vec::new(),
@@ -236,6 +242,7 @@ impl Core {
             self.end_failing();
         }
         active |= self.run_timers();
+        active |= self.step_staging();
         self.settle_drain();
         if active {
             self.tell_levels();
@@ -245,7 +252,8 @@ impl Core {
 
     /// When [`Core::step`] must be called at the latest, if nothing happens before.
     pub(crate) fn next_deadline(&self) -> Option<Time> {
-        self.timers.next()
+        let staging = self.staging_deadline();
+        self.timers.next().into_iter().chain(staging).min()
     }
 
     /// The contexts, for waiting on them.
@@ -268,6 +276,7 @@ impl Core {
             );
         }
         self.close_arrivals();
+        self.end_staging();
         self.close_pushes();
         self.close_accesses();
         self.close_drain();

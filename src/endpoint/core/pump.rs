@@ -12,6 +12,7 @@ use super::{
     AccessEntry, Core, PushEntry, Rail,
     cut::{cut, limits},
     session::Lane,
+    staging::{Ready, StagedTask, Staging},
 };
 use crate::{
     endpoint::{PeerError, control::ConnId, telemetry::meters::RailMeters},
@@ -27,6 +28,11 @@ const BATCH: usize = 64;
 pub(super) enum Owner {
     Push(u64),
     Access(u64),
+    /// A push, from a bounce buffer.
+    Staged {
+        push: u64,
+        buffer: u32,
+    },
 }
 
 /// Work for one lane.
@@ -96,6 +102,8 @@ pub(super) enum Current {
         done: u32,
         completes: Option<u32>,
     },
+    /// The lane's plan, through bounce buffers.
+    Staged(Box<StagedTask>),
     Tail {
         push: u64,
     },
@@ -123,6 +131,7 @@ struct Work<'a> {
     pushes: &'a mut BTreeMap<u64, PushEntry>,
     accesses: &'a mut BTreeMap<u64, AccessEntry>,
     scratch: &'a mut Scratch,
+    staging: &'a mut Staging,
 }
 
 impl Core {
@@ -143,13 +152,21 @@ impl Core {
             pushes: &mut self.pushes,
             accesses: &mut self.accesses,
             scratch: &mut self.scratch,
+            staging: &mut self.staging,
         };
-        if let Err(source) = work.run(lane) {
+        let result = work.run(lane);
+        if let Some(Current::Staged(_)) = lane.current {
+            work.staging.watch(conn, index);
+        }
+        if let Err(source) = result {
             let error = PeerError::Fabric {
                 peer: session.name(),
                 source: source.into(),
             };
             self.lane_failed(conn, index, error);
+        }
+        if !self.staging.failed.is_empty() {
+            self.fail_staged();
         }
     }
 
@@ -201,6 +218,11 @@ impl Core {
                 self.push_action(id, action);
             }
             Owner::Access(id) => self.access_retired(id, batch.requests),
+            Owner::Staged { push, buffer } => {
+                self.staging.retired(buffer, batch.requests);
+                let owner = Owner::Push(push);
+                self.retire(Batch { owner, ..batch });
+            }
         }
     }
 }
@@ -258,7 +280,7 @@ impl Work<'_> {
                     let (from, first, count) = (*from as usize, *first as usize, *count as usize);
                     let pages = source
                         .get(from..from + count)
-                        .zip(push.grant.pages().get(first..first + count));
+                        .zip(push.destination().get(first..first + count));
                     let planned =
                         pages
                             .zip(push.planner.as_ref())
@@ -268,11 +290,18 @@ impl Work<'_> {
                     // Pages and layers were checked when they were handed over, and the peer's layout when the push
                     // was opened.
                     debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
-                    Current::Pages {
-                        push: *id,
-                        next: 0,
-                        done: 0,
-                        completes: completes.then(|| push.imm(*part)),
+                    let completes = completes.then(|| push.imm(*part));
+                    match push.is_staged {
+                        true => {
+                            let source = Arc::clone(&push.source);
+                            Current::Staged(Box::new(StagedTask::new(*id, completes, source)))
+                        }
+                        false => Current::Pages {
+                            push: *id,
+                            next: 0,
+                            done: 0,
+                            completes,
+                        },
                     }
                 }
                 Task::Tail { push, .. } => Current::Tail { push: *push },
@@ -292,6 +321,7 @@ impl Work<'_> {
     fn fill(&mut self, lane: &mut Lane) -> Result<bool, FabricError> {
         match lane.current {
             None => Ok(true),
+            Some(Current::Staged(_)) => self.fill_staged(lane),
             Some(Current::Pages {
                 push,
                 next,
@@ -457,6 +487,86 @@ impl Work<'_> {
         Ok(true)
     }
 
+    /// The same for a push whose source pages go through bounce buffers. What has been copied is sent; what is not is
+    /// waited for.
+    fn fill_staged(&mut self, lane: &mut Lane) -> Result<bool, FabricError> {
+        // Out of the lane while it is worked on. Whoever drops it meanwhile gets its buffers back when copies are done.
+        let Some(Current::Staged(mut task)) = lane.current.take() else {
+            return Ok(true);
+        };
+        let id = task.push;
+        loop {
+            if self.scratch.requests.len() >= BATCH {
+                self.flush(lane)?;
+            }
+            let push = self.pushes.get(&id);
+            let Some(push) = push.filter(|push| push.machine.may_post()) else {
+                return Ok(true);
+            };
+            let Some(targets) = push.targets(lane) else {
+                return Ok(true);
+            };
+            let (piece, offset, buffer) = match task.ready(&lane.plan, targets, self.staging) {
+                Ok(Ready::Send(piece, offset, buffer)) => (piece, offset, buffer),
+                Ok(Ready::Wait) => {
+                    lane.current = Some(Current::Staged(task));
+                    return Ok(false);
+                }
+                Ok(Ready::Done) => break,
+                Err(error) => {
+                    self.staging.failed.push((id, error));
+                    lane.current = Some(Current::Staged(task));
+                    return Ok(false);
+                }
+            };
+            let arena = push.source.record.arena();
+            let rail = arena.and_then(|arena| arena.region().rails().get(lane.rail));
+            let local = rail.and_then(|keys| keys.at(offset));
+            let write = lane.plan.writes[piece.write];
+            let target = &targets[usize::from(write.region)];
+            let remote = target.at(write.offset + u64::from(piece.done));
+            // The arena is registered with every rail, and the destination was checked when the push was opened.
+            let (Some((address, key, _)), Some((remote_address, remote_key, _))) = (local, remote)
+            else {
+                return Ok(true);
+            };
+            let imm = task.completes.filter(|_| piece.is_last);
+            if !lane.send.take(1, imm.is_some().into()) {
+                lane.current = Some(Current::Staged(task));
+                return Ok(false);
+            }
+            let first_sge = self.scratch.sges.len() as u32;
+            let length = piece.length;
+            self.scratch.sges.push(Sge {
+                address,
+                length,
+                key,
+            });
+            let request = WorkRequest {
+                id: 0,
+                opcode: imm.map_or(Opcode::Write, Opcode::WriteImm),
+                remote_address,
+                remote_key,
+                first_sge,
+                sge_count: 1,
+                signaled: false,
+                inline: false,
+            };
+            self.staging.built(task.buffer());
+            self.request(
+                lane,
+                Owner::Staged { push: id, buffer },
+                request,
+                length.into(),
+            );
+            task.sent();
+        }
+        if let Some(push) = self.pushes.get_mut(&id) {
+            push.machine.dequeue();
+        }
+        Ok(true)
+    }
+
     fn fill_tail(&mut self, lane: &mut Lane, id: u64) -> Result<bool, FabricError> {
         let Some(push) = self.pushes.get_mut(&id) else {
             return Ok(true);
@@ -596,7 +706,10 @@ impl Work<'_> {
             bytes += if requests > 0 { batch.bytes } else { 0 };
             lane.ledger.post(Batch { requests, ..*batch });
             match batch.owner {
-                Owner::Push(id) => {
+                Owner::Push(id) | Owner::Staged { push: id, .. } => {
+                    if let Owner::Staged { buffer, .. } = batch.owner {
+                        self.staging.posted(buffer, requests);
+                    }
                     if let Some(push) = self.pushes.get_mut(&id) {
                         push.machine.posted(requests);
                         push.requests += u64::from(requests);

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use super::{
     Core,
     session::{LaneState, Phase, Session},
+    staging::Landed,
     timers::Timer,
     watch::Watch,
     windows::{Opening, SHUT, Windows},
@@ -19,9 +20,9 @@ use crate::{
     fabric::FabricError,
     protocol::{ArrivalAction, ArrivalEnd, ArrivalMachine, Blocks, PartMap, PartOutcome, Time},
     wire::{
-        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, GrantWindows, Imm, Message, Open,
-        PoolDescriptor, Refuse, RefuseCode, RegionDescriptor, RegionKey, Revoke, RevokeReason,
-        TailTarget,
+        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, GrantWindows, Imm, Incarnation,
+        Message, Open, PoolDescriptor, Refuse, RefuseCode, RegionDescriptor, RegionKey, Revoke,
+        RevokeReason, TailTarget,
     },
 };
 
@@ -32,6 +33,8 @@ pub(crate) struct ArrivalEntry {
     pub(crate) shared: Arc<ArrivalShared>,
     pub(crate) tail_slot: TailSlot,
     pub(super) parts: PartMap,
+    /// Where its bytes land first, if the pool has to be staged and the grant is open.
+    pub(super) landed: Option<Landed>,
     blocks: Blocks,
     valid_for: Duration,
     /// Whether devices are told of what has arrived before the caller is.
@@ -60,6 +63,7 @@ impl ArrivalEntry {
             shared,
             tail_slot,
             parts: PartMap::new(blocks),
+            landed: None,
             blocks,
             valid_for,
             flush,
@@ -75,6 +79,24 @@ impl ArrivalEntry {
     /// Whether no writer has opened it.
     pub(super) fn is_granted(&self) -> bool {
         self.machine.is_granted()
+    }
+
+    /// The parts that have been placed, be it in the pool or in a landing.
+    pub(super) fn arrived(&self) -> &PartMap {
+        self.landed.as_ref().map_or(&self.parts, Landed::arrived)
+    }
+
+    pub(super) fn blocks(&self) -> Blocks {
+        self.blocks
+    }
+
+    /// Whether `open` asks for this grant, and may.
+    pub(super) fn is_meant(&self, open: &Open, issuer: Incarnation) -> bool {
+        open.incarnation == issuer
+            && self.grant.id() == open.grant
+            && self.grant.pool() == open.pool
+            && self.grant.digest().matches(&open.digest)
+            && self.machine.is_granted()
     }
 
     /// The writer's number for the push that opened it.
@@ -152,18 +174,33 @@ impl Core {
             // It was sent behind an offer that has been refused, and will be sent again behind the next.
             return;
         }
+        match self.land_grant(conn, open, false) {
+            Ok(true) => self.open_landed(conn, open),
+            // It goes on when there is room.
+            Ok(false) => {}
+            Err((code, detail)) => self.refuse(conn, open, code, detail),
+        }
+    }
+
+    /// The same, with a landing if it needs one.
+    pub(super) fn open_landed(&mut self, conn: ConnId, open: &Open) {
         match self.try_open(conn, open) {
             Ok(()) => {}
-            Err((code, detail)) => {
-                self.tell_refused(conn, Some(open.grant), code, detail);
-                let refuse = Refuse {
-                    push: open.push,
-                    code,
-                    detail: detail.to_owned(),
-                };
-                self.send(conn, &Message::Refuse(refuse));
-            }
+            Err((code, detail)) => self.refuse(conn, open, code, detail),
         }
+    }
+
+    pub(super) fn refuse(&mut self, conn: ConnId, open: &Open, code: RefuseCode, detail: &str) {
+        if !self.sessions.contains_key(&conn) {
+            return;
+        }
+        self.tell_refused(conn, Some(open.grant), code, detail);
+        let refuse = Refuse {
+            push: open.push,
+            code,
+            detail: detail.to_owned(),
+        };
+        self.send(conn, &Message::Refuse(refuse));
     }
 
     fn try_open(&mut self, conn: ConnId, open: &Open) -> Result<(), (RefuseCode, &'static str)> {
@@ -274,7 +311,10 @@ impl Core {
             .copied()
             .filter(|&rail| record.uses(rail))
             .collect();
-        let pool = tell_pool.then(|| PoolDescriptor {
+        let landed = arrival.landed.as_ref();
+        let landing = landed.map(|landed| landed.descriptor(&arrival.pool, &told));
+        let wants_pool = tell_pool && landing.is_none();
+        let pool = wants_pool.then(|| PoolDescriptor {
             pool: record.id,
             layout: record.layout.clone(),
             regions: record
@@ -301,6 +341,7 @@ impl Core {
             },
             windows,
             pool,
+            landing,
         };
         self.tell_arrival_open(conn, slot);
         self.send(conn, &Message::Accept(Box::new(accept)));
@@ -362,8 +403,25 @@ impl Core {
             // It is being taken back; what still arrives before the writer has stopped does not count.
             return;
         }
-        match arrival.parts.arrive(imm.part()) {
-            PartOutcome::Unknown => self.violation(conn, "a part beyond those of the grant"),
+        if arrival.landed.is_none() {
+            self.count_part(Some(conn), slot, imm.part());
+        } else if !self.part_landed(slot, imm.part()) {
+            self.violation(conn, "a part beyond those of the grant");
+        }
+    }
+
+    /// A part is in the pool's memory. `conn` is whom to blame if there is no such part.
+    pub(super) fn count_part(&mut self, conn: Option<ConnId>, slot: u32, part: u32) {
+        let arrival = self.arrivals.get_mut(&slot);
+        let Some(arrival) = arrival.filter(|arrival| arrival.machine.is_open()) else {
+            return;
+        };
+        match arrival.parts.arrive(part) {
+            PartOutcome::Unknown => {
+                if let Some(conn) = conn {
+                    self.violation(conn, "a part beyond those of the grant");
+                }
+            }
             PartOutcome::Duplicate | PartOutcome::Counted => {}
             PartOutcome::LayerComplete(layer) => {
                 if !self.make_visible(slot) {
@@ -480,6 +538,11 @@ impl Core {
                 let opened = arrival.opened;
                 self.tell_revoking(slot, expired);
                 let Some((conn, push, _)) = opened else {
+                    // Its writer has gone after everything had landed: nobody is there to be asked.
+                    let arrival = self.arrivals.get_mut(&slot);
+                    if let Some(action) = arrival.map(|arrival| arrival.machine.drained()) {
+                        self.arrival_action(slot, action);
+                    }
                     return;
                 };
                 let reason = if expired {
@@ -515,20 +578,30 @@ impl Core {
                 );
             }
             ArrivalAction::End(end) => {
-                let result = match end {
-                    ArrivalEnd::Completed => Ok(()),
-                    ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
-                    ArrivalEnd::Expired => Err(arrival.expired()),
-                    ArrivalEnd::Failed(error) => Err(error),
-                };
-                if let Some(result) = self.end_with_windows(slot, result) {
-                    self.finish_arrival(slot, result);
+                if let Some(end) = self.park(slot, end) {
+                    self.end_arrival(slot, end);
                 }
             }
         }
     }
 
-    /// Nothing of an arrival can land any more: its pages are released and its end is told.
+    /// An arrival is over, and nothing touches its pages any more.
+    pub(super) fn end_arrival(&mut self, slot: u32, end: ArrivalEnd<ArrivalError>) {
+        let Some(arrival) = self.arrivals.get(&slot) else {
+            return;
+        };
+        let result = match end {
+            ArrivalEnd::Completed => Ok(()),
+            ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
+            ArrivalEnd::Expired => Err(arrival.expired()),
+            ArrivalEnd::Failed(error) => Err(error),
+        };
+        if let Some(result) = self.end_with_windows(slot, result) {
+            self.finish_arrival(slot, result);
+        }
+    }
+
+    /// Its windows are gone, too: its pages are released and its end is told.
     pub(super) fn finish_arrival(&mut self, slot: u32, result: Result<(), ArrivalError>) {
         let Some(arrival) = self.arrivals.remove(&slot) else {
             return;
@@ -578,6 +651,11 @@ impl Core {
                         self.finish_arrival(*slot, result);
                         continue;
                     }
+                }
+                if arrival.landed.as_ref().is_some_and(Landed::is_whole) {
+                    // All of it is in this host's memory: it is only to be copied, and the writer is not needed.
+                    arrival.opened = None;
+                    continue;
                 }
                 let action = arrival
                     .machine

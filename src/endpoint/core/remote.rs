@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 
-use super::{Rail, session::Session, writer::PushEntry};
+use super::{Core, Rail, session::Session, writer::PushEntry};
 use crate::{
     endpoint::{PeerError, PushError, config::Config, regions::Grid, shared::PoolRecord},
     fabric::RemoteKey,
@@ -251,7 +251,9 @@ pub(super) fn prepare(
         })
     };
     let pool = push.grant.pool();
-    let remote = match descriptor {
+    let landing = accept.landing.clone();
+    let is_landing = landing.is_some();
+    let remote = match landing.or(descriptor) {
         Some(descriptor) if descriptor.pool == pool => Arc::new(RemotePool::new(descriptor)?),
         Some(_) => return Err(protocol("the description of another pool")),
         // What the opening relied on is kept by the push, whatever the session has forgotten since.
@@ -302,7 +304,11 @@ pub(super) fn prepare(
             .clamp(1, u32::MAX.into()) as u32,
     };
     let planner = remote.planner(&push.source.record, push.grant.heads(), limits)?;
-    let pages = push.grant.pages();
+    if is_landing {
+        // Its page `i` is for the grant's position `i`.
+        push.landing = Some((0..push.grant.pages().len() as u32).collect());
+    }
+    let pages = push.destination();
     if let Some(&page) = pages.iter().find(|&&page| page >= remote.layout.pages) {
         let error = PlanError::PageOutOfRange {
             side: Side::Destination,
@@ -342,7 +348,7 @@ pub(super) fn prepare(
         .map(|&(rail, key)| (rail, Target::whole(accept.tail.address, key)))
         .collect();
     if let Some(windows) = &accept.windows {
-        let (needed, _) = cover(&remote.layout, pages, usize::MAX);
+        let (needed, _) = cover(&remote.layout, push.destination(), usize::MAX);
         let lanes = session.lanes.iter().enumerate().map(|(index, lane)| {
             let address = accept.tail.address;
             let targets = lane_targets(windows, index, &remote.lengths, &needed, address)?;
@@ -358,6 +364,9 @@ pub(super) fn prepare(
     {
         return Err(protocol("a rail without a key for the tail"));
     }
+    let kind = session.lanes.first().map(|lane| rails[lane.rail].kind);
+    let staged = &push.source.record.staged;
+    push.is_staged = kind.is_some_and(|kind| Core::is_staged(rails, kind, staged));
     push.slot = accept.slot;
     push.blocks = Some(blocks);
     push.planner = Some(planner);

@@ -306,6 +306,13 @@ impl Core {
         let Some(arrival) = self.arrivals.get_mut(&slot) else {
             return NONE;
         };
+        if arrival.landed.is_some() {
+            // What goes through memory of this host has keys of its own landing and of no pool.
+            return match must {
+                true => NONE,
+                false => Opening::Region { again: false },
+            };
+        }
         let most = self.config.max_windows as usize;
         let (record, pages) = (&arrival.pool.record, arrival.grant.pages());
         let windows = Windows::plan(

@@ -37,6 +37,10 @@ pub(crate) struct PushEntry {
     pub(super) requests: u64,
     pub(super) bytes: u64,
     pub(super) remote: Option<Arc<RemotePool>>,
+    /// Whether its source pages go through bounce buffers.
+    pub(super) is_staged: bool,
+    /// The pages to write to, if the reader has given others than the grant's.
+    pub(super) landing: Option<Arc<[u32]>>,
     pub(super) conn: Option<ConnId>,
     pub(super) slot: u16,
     pub(super) blocks: Option<Blocks>,
@@ -71,6 +75,8 @@ impl PushEntry {
             requests: 0,
             bytes: 0,
             remote: None,
+            is_staged: false,
+            landing: None,
             conn: None,
             slot: 0,
             blocks: None,
@@ -116,6 +122,11 @@ impl PushEntry {
         self.windows.is_some()
             || self.source.record.is_cut
             || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
+    }
+
+    /// The pages to write to, in the grant's order.
+    pub(super) fn destination(&self) -> &[u32] {
+        self.landing.as_deref().unwrap_or(self.grant.pages())
     }
 
     /// The immediate of `part`.
@@ -514,8 +525,12 @@ impl Core {
                 *load -= if other { 0 } else { task.bytes() };
                 other
             });
-            if matches!(lane.current, Some(Current::Pages { push, .. } | Current::Tail { push }) if push == id)
-            {
+            let is_of = match &lane.current {
+                Some(Current::Pages { push, .. } | Current::Tail { push }) => *push == id,
+                Some(Current::Staged(task)) => task.push == id,
+                _ => false,
+            };
+            if is_of {
                 lane.current = None;
                 if let Some(task) = lane.replay.close(lane.ledger.next_sequence()) {
                     lane.load -= task.bytes();
@@ -555,6 +570,9 @@ impl Core {
             lane.ledger.abandon(|batch| abandoned.push(batch));
         }
         for batch in abandoned {
+            if let (Owner::Staged { buffer, .. }, Some(_)) = (batch.owner, unfenced) {
+                self.staging.leak(buffer);
+            }
             self.retire(batch);
         }
     }

@@ -16,6 +16,12 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
+    /// Of a region that a rail does not reach.
+    pub(crate) const NOWHERE: Self = Self {
+        address: 0,
+        size: 0,
+    };
+
     /// A region of `length` bytes at `address`, cut if it is longer than `limit`. `None` if it cannot be: the limit is
     /// less than a page, or there would be more extents than a peer can be told of.
     pub(crate) fn new(address: u64, length: u64, limit: u64, page: u64) -> Option<Self> {

@@ -6,11 +6,13 @@
 //! | File | What |
 //! |---|---|
 //! | `policy` | by which path a rail gets at memory |
+//! | `arena` | pinned host memory for what a rail cannot reach |
 //! | `grid` | how a region is cut where a device registers less at once |
 //! | `registry` | what is registered: shared registrations, lookup by address |
 //! | `index` | which region holds an address |
 //! | `report` | the public words for all that |
 
+mod arena;
 mod grid;
 mod index;
 mod policy;
@@ -21,8 +23,12 @@ mod tests;
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
+pub use self::arena::StagingStats;
 pub use self::report::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths};
 pub(crate) use self::{
+    arena::{Arena, Buffer, Counters, LandingRange},
     grid::Grid,
     index::{AddressIndex, Entry},
     policy::{Exports, Policy, Unreachable},
@@ -30,7 +36,7 @@ pub(crate) use self::{
 };
 use crate::{
     fabric::{Access, Device, LocalKey, MemoryKeys, MrId, RemoteKey},
-    memory::Memory,
+    memory::{Copier, Memory},
 };
 
 /// How one rail reaches a region.
@@ -49,10 +55,7 @@ impl RailKeys {
     fn unreachable(refused: Vec<PathRefusal>, abandoned: Vec<MemoryKeys>) -> Self {
         Self {
             path: MemoryPath::Staged,
-            grid: Grid {
-                address: 0,
-                size: 0,
-            },
+            grid: Grid::NOWHERE,
             keys: Vec::new(),
             refused,
             abandoned,
@@ -94,10 +97,21 @@ impl RailKeys {
     }
 }
 
+/// What it takes to stage a region.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    /// Only the driver uses it; dropping it waits for what it has started.
+    pub(crate) copier: Mutex<Box<dyn Copier>>,
+    /// Pinned for the copier, so it stays until the copier has gone.
+    pub(crate) arena: Arc<Arena>,
+}
+
 /// One piece of memory and its keys on each rail, whoever shares them.
 #[derive(Debug)]
 pub(crate) struct Registration {
     id: RegionId,
+    // Before the memory that it copies.
+    staged: Option<Staged>,
     memory: Arc<dyn Memory>,
     access: Access,
     rails: Vec<RailKeys>,
@@ -141,12 +155,13 @@ impl Region {
         access: Access,
         rails: &[Arc<dyn Device>],
         policy: &Policy,
-        exports: &mut Exports,
+        exports: &mut Exports<'_>,
     ) -> Result<Self, Box<(Unreachable, Self)>> {
+        let mut staged = None;
         let mut registered = Vec::with_capacity(rails.len());
         let mut failure = None;
         for device in rails {
-            match policy::register(&memory, access, device, policy, exports) {
+            match policy::register(&memory, access, device, policy, exports, &mut staged) {
                 Ok(keys) => registered.push(keys),
                 Err(failed) => {
                     let (error, keys) = *failed;
@@ -159,6 +174,7 @@ impl Region {
         let region = Self {
             registration: Arc::new(Registration {
                 id,
+                staged: staged.and_then(Result::ok),
                 memory: Arc::clone(&memory),
                 access,
                 rails: registered,
@@ -200,6 +216,18 @@ impl Region {
     /// How each rail reaches it, in the endpoint's order.
     pub(crate) fn rails(&self) -> &[RailKeys] {
         &self.registration.rails
+    }
+
+    /// What it takes to stage it, if some rail does not reach it.
+    pub(crate) fn staged(&self) -> Option<&Staged> {
+        self.registration.staged.as_ref()
+    }
+
+    /// Whether rail number `rail` reaches it.
+    pub(crate) fn is_reached(&self, rail: usize) -> bool {
+        self.rails()
+            .get(rail)
+            .is_some_and(|keys| !keys.keys.is_empty())
     }
 
     /// Whether some rail has it in several extents.

@@ -14,13 +14,15 @@
 
 use std::{os::fd::AsFd, sync::Arc};
 
-use super::{MemoryPath, PathRefusal, RailKeys, grid::Grid};
+use parking_lot::Mutex;
+
+use super::{Arena, MemoryPath, PathRefusal, RailKeys, Staged, grid::Grid};
 use crate::{
     fabric::{
         Access, Device, DmabufRange, FabricError, FabricErrorKind, FabricKind, FileRange,
         MemoryKeys,
     },
-    memory::{DeviceMemory, Dmabuf, Memory},
+    memory::{DeviceMemory, Dmabuf, Memory, PciAddress, Span},
 };
 
 /// What may be done, in this order.
@@ -55,28 +57,73 @@ pub(crate) enum Unreachable {
     },
 }
 
+/// What was exported: of which device, and its addresses.
+type Exported = (Option<PciAddress>, Span);
+
 /// What has been exported so far, for one call that registers. Dropping it closes the descriptors.
 #[derive(Default)]
-pub(crate) struct Exports(Vec<((u64, u64), Result<Dmabuf, String>)>);
+pub(crate) struct Exports<'a> {
+    exported: Vec<(Exported, Result<Dmabuf, String>)>,
+    /// Where to get the arena, if memory may be staged.
+    arena: Option<&'a dyn Fn() -> Result<Arc<Arena>, String>>,
+}
 
-impl Exports {
+impl<'a> Exports<'a> {
+    /// For memory that may be staged, through what `arena` gives.
+    pub(crate) fn with_arena(arena: &'a dyn Fn() -> Result<Arc<Arena>, String>) -> Self {
+        Self {
+            exported: Vec::new(),
+            arena: Some(arena),
+        }
+    }
+}
+
+impl Exports<'_> {
+    /// What it takes to stage memory of `device`.
+    fn staged(&self, device: &dyn DeviceMemory) -> Result<Staged, String> {
+        let make = self.arena.ok_or("only pools are staged")?;
+        let mut copier = device.copier().map_err(|error| error.to_string())?;
+        let arena = make()?;
+        // SAFETY: the registration holds the arena until it has dropped the copier.
+        let pinned = unsafe { copier.pin(arena.memory().address(), arena.memory().length()) };
+        if let Err(error) = pinned {
+            // Several copiers of one device pin the same arena; whoever comes second may be told so.
+            tracing::debug!(%error, "staging memory is not pinned once more");
+        }
+        let copier = Mutex::new(copier);
+        Ok(Staged { copier, arena })
+    }
+
     /// The dmabuf that holds `memory`, and where in it.
     fn of(
         &mut self,
         memory: &dyn Memory,
         device: &dyn DeviceMemory,
     ) -> Result<(&Dmabuf, u64), &str> {
-        let whole = (memory.address(), memory.length());
-        let at = match self.0.iter().position(|(span, _)| *span == whole) {
+        let own = Span {
+            address: memory.address(),
+            length: memory.length(),
+        };
+        // Engines cut many regions out of one allocation, which is exported once, if it says which device it is of.
+        let location = device.location();
+        let allocation = device.allocation().filter(|_| location.is_some());
+        let allocation = allocation.filter(|allocation| allocation.contains(own));
+        let whole = allocation.unwrap_or(own);
+        let key = (location, whole);
+        let at = match self.exported.iter().position(|(held, _)| *held == key) {
             Some(at) => at,
             None => {
-                let exported = device.export().map_err(|error| error.to_string());
-                self.0.push((whole, exported));
-                self.0.len() - 1
+                let exported = match allocation {
+                    Some(_) => device.export_allocation(),
+                    None => device.export(),
+                };
+                self.exported
+                    .push((key, exported.map_err(|error| error.to_string())));
+                self.exported.len() - 1
             }
         };
-        match &self.0[at].1 {
-            Ok(dmabuf) => Ok((dmabuf, dmabuf.offset + (memory.address() - whole.0))),
+        match &self.exported[at].1 {
+            Ok(dmabuf) => Ok((dmabuf, dmabuf.offset + (own.address - whole.address))),
             Err(reason) => Err(reason),
         }
     }
@@ -88,7 +135,8 @@ pub(super) fn register(
     access: Access,
     rail: &Arc<dyn Device>,
     policy: &Policy,
-    exports: &mut Exports,
+    exports: &mut Exports<'_>,
+    staged: &mut Option<Result<Staged, String>>,
 ) -> Result<RailKeys, Box<(Unreachable, RailKeys)>> {
     let mut attempt = Attempt {
         memory: &**memory,
@@ -117,7 +165,10 @@ pub(super) fn register(
             MemoryPath::Plain => attempt.plain_of(device),
             MemoryPath::Dmabuf => attempt.dmabuf(device, exports),
             MemoryPath::PeerMemory => attempt.peer_memory(device),
-            MemoryPath::Staged => Err("staging is not implemented".to_owned()),
+            MemoryPath::Staged => {
+                let staged = staged.get_or_insert_with(|| exports.staged(device));
+                staged.as_ref().map(|_| Grid::NOWHERE).map_err(Clone::clone)
+            }
         };
         match tried {
             Ok(grid) => return Ok(attempt.done(path, grid, refused, abandoned)),
@@ -169,7 +220,11 @@ impl Attempt<'_> {
         self.plain().map_err(|error| error.to_string())
     }
 
-    fn dmabuf(&mut self, device: &dyn DeviceMemory, exports: &mut Exports) -> Result<Grid, String> {
+    fn dmabuf(
+        &mut self,
+        device: &dyn DeviceMemory,
+        exports: &mut Exports<'_>,
+    ) -> Result<Grid, String> {
         if !self.rail.info().caps.dmabuf {
             let what = "the device, its driver or its library registers no dmabufs (`kvpush-bench devices` says more)";
             return Err(what.to_owned());

@@ -67,7 +67,7 @@ impl Registry {
         access: Access,
         rails: &[Arc<dyn Device>],
         policy: &Policy,
-        exports: &mut Exports,
+        exports: &mut Exports<'_>,
     ) -> Result<Region, Box<(Unreachable, Region)>> {
         let wanted = key(&*memory, access);
         let id = {

@@ -159,6 +159,7 @@ fn accept_size(pool: PoolDescriptor) -> usize {
         },
         windows: None,
         pool: Some(pool),
+        landing: None,
     }));
     let bytes = message.encode().unwrap();
     assert_eq!(Message::decode(&bytes), Ok(message));
@@ -221,6 +222,7 @@ fn a_layer_run_cannot_exceed_the_announced_layers() {
         },
         windows: None,
         pool: None,
+        landing: None,
     }))
     .encode()
     .unwrap();

@@ -246,8 +246,9 @@ fn accept() -> impl Strategy<Value = Message> {
         tail,
         option::of(windows()),
         option::of(pool()),
+        option::of(pool()),
     )
-        .prop_map(|(push, slot, remaining_ns, tail, windows, pool)| {
+        .prop_map(|(push, slot, remaining_ns, tail, windows, pool, landing)| {
             Message::Accept(Box::new(Accept {
                 push,
                 slot,
@@ -255,6 +256,7 @@ fn accept() -> impl Strategy<Value = Message> {
                 tail,
                 windows,
                 pool,
+                landing,
             }))
         })
 }

@@ -189,7 +189,10 @@ impl Core {
         }
         asked
             .iter()
-            .map(|&(push, part)| open.get(&push).map_or(Some(true), |a| a.parts.has(part)))
+            .map(|&(push, part)| {
+                open.get(&push)
+                    .map_or(Some(true), |a| a.arrived().has(part))
+            })
             .collect()
     }
 

@@ -60,7 +60,7 @@ impl Core {
         for (task, progress) in kept {
             // What is not wanted any more is not sent again, and nobody asks for it.
             match task.owner() {
-                Owner::Push(id) => {
+                Owner::Push(id) | Owner::Staged { push: id, .. } => {
                     let push = self.pushes.get_mut(&id);
                     let Some(push) = push.filter(|push| push.machine.may_post()) else {
                         lane.load -= task.bytes();
@@ -294,7 +294,7 @@ impl Core {
         let Some(host) = host else { return };
         // Work that waits here may be of a pool that the reader's rail does not reach.
         let stranded = lane.queue.iter().any(|task| match task.owner() {
-            Owner::Push(id) => {
+            Owner::Push(id) | Owner::Staged { push: id, .. } => {
                 let push = self.pushes.get(&id);
                 push.is_some_and(|push| push.rail_distance(rail, renewed.rail).is_none())
             }

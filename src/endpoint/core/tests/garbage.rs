@@ -166,6 +166,7 @@ impl Speaker {
                 }),
             }),
             pool: self.random.chance(600).then(|| self.pool()),
+            landing: self.random.chance(200).then(|| self.pool()),
         }))
     }
 

@@ -402,6 +402,7 @@ fn an_answer_to_an_offer_of_no_lanes_is_a_violation() {
                         .collect(),
                     distances: vec![],
                 }),
+                landing: None,
             };
             return vec![
                 Message::HelloAck(ack).encode().unwrap(),

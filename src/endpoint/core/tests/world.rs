@@ -38,7 +38,10 @@ use crate::{
         sim::{SimConfig, SimNet, rng::Rng},
     },
     kv::{KvLayout, region_lengths},
-    memory::{HostMemory, Memory},
+    memory::{
+        HostMemory, Memory,
+        testing::{Device as FarDevice, Far},
+    },
     protocol::Time,
     wire::{Incarnation, Message, RegionToken, RegionTokenFields},
 };
@@ -81,6 +84,8 @@ pub(super) struct Node {
     requests: Requests,
     /// For each rail: whether its device refuses to destroy lanes.
     pub(super) unfenceable: Vec<Arc<AtomicBool>>,
+    /// The device in whose memory its pools are; if none, they are in host memory.
+    pub(super) far: Option<Arc<FarDevice>>,
     /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
     pub(super) running: bool,
     /// It acts at most this often, in nanoseconds; 0 is whenever there is something to do.
@@ -467,6 +472,7 @@ impl Node {
             devices,
             tails,
             registry: Arc::new(Registry::default()),
+            staging: Mutex::default(),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),
             telemetry: core.telemetry(),
@@ -482,6 +488,7 @@ impl Node {
             commands: inbox,
             requests,
             unfenceable,
+            far: None,
             running: true,
             pace: 0,
             not_before: 0,
@@ -506,7 +513,12 @@ impl Node {
             .collect();
         let shared = memory
             .iter()
-            .map(|memory| Arc::clone(memory) as Arc<dyn Memory>)
+            .map(|memory| match &self.far {
+                Some(device) => {
+                    Arc::new(Far::new(Arc::clone(memory), Arc::clone(device))) as Arc<dyn Memory>
+                }
+                None => Arc::clone(memory) as Arc<dyn Memory>,
+            })
             .collect();
         (
             self.shared
