@@ -162,4 +162,5 @@ software_cases!(device_sim sim, device_tcp tcp);
 all_cases!(verbs #[ignore = "needs an RDMA device: cargo xtask rxe"]);
 window_cases!(sim_windows);
 window_cases!(tcp_windows);
+window_cases!(shm_windows);
 window_cases!(verbs_windows #[ignore = "needs an RDMA device: cargo xtask rxe"]);

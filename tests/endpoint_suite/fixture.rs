@@ -72,6 +72,10 @@ impl Fabric {
         Self::tcp().with_windows()
     }
 
+    pub(crate) fn shm_windows() -> Self {
+        Self::shm().with_windows()
+    }
+
     pub(crate) fn verbs_windows() -> Self {
         Self::verbs().with_windows()
     }
