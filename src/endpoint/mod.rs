@@ -24,6 +24,7 @@ mod rails;
 mod regions;
 mod shared;
 mod signal;
+mod sleep;
 pub mod telemetry;
 mod wake;
 

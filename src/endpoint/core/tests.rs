@@ -3,6 +3,7 @@
 mod deadlines;
 mod drain;
 mod garbage;
+mod grants;
 mod hostile;
 mod limits;
 mod liveness;

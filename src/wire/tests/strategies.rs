@@ -113,7 +113,7 @@ fn region_keys() -> impl Strategy<Value = Vec<RegionKey>> {
     vec(key, 0..=16)
 }
 
-fn pool() -> impl Strategy<Value = PoolDescriptor> {
+pub(in crate::wire) fn pool() -> impl Strategy<Value = PoolDescriptor> {
     let region =
         (any::<u64>(), region_keys()).prop_map(|(length, keys)| RegionDescriptor { length, keys });
     let distances = vec(any::<u8>(), 0..=16);
