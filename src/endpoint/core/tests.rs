@@ -15,4 +15,5 @@ mod schedules;
 mod swarm;
 mod telemetry;
 mod unfenced;
+mod windows;
 mod world;

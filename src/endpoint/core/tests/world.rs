@@ -158,7 +158,12 @@ impl World {
 
     /// One node with so many rails for each element of `rails`.
     pub(super) fn with_rails(seed: u64, rails: &[usize], config: &Config) -> Self {
-        Self::on(SimConfig::seeded(seed), rails, config)
+        let mut settings = SimConfig::seeded(seed);
+        if let (0, Some(windows)) = (seed % 4, &mut settings.caps.windows) {
+            // So few that grants go without.
+            windows.max = 20;
+        }
+        Self::on(settings, rails, config)
     }
 
     /// The same on a net that is not the default one.
@@ -192,6 +197,14 @@ impl World {
             config: config.clone(),
             seed,
         }
+    }
+
+    /// Memory windows that there are, on any device.
+    pub(super) fn windows(&self) -> u32 {
+        let devices = self.nodes.iter().flat_map(|node| &node.shared.devices);
+        devices
+            .map(|device| self.net.windows(&device.info().name))
+            .sum()
     }
 
     /// A hash of all that has happened so far, on the fabric and on control connections: equal for equal runs.
