@@ -40,7 +40,7 @@ pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
     choice::RailChoice,
-    config::Polling,
+    config::{GrantKeys, Polling, Protection},
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
     error::{

@@ -49,6 +49,22 @@ pub(crate) const MUTATIONS: &[Mutation] = &[
         tests: &["protocol::parts", SCHEDULES],
     },
     Mutation {
+        name: "what-a-failed-lane-had-placed-is-not-looked-at",
+        invariant: 2,
+        file: "src/endpoint/core/recovery/reader.rs",
+        find: "            self.empty(conn, index);\n",
+        replace: "            let _: fn(&mut Self, ConnId, usize) = Self::empty;\n",
+        tests: &["recovery_ends::what_is_placed"],
+    },
+    Mutation {
+        name: "an-access-is-done-when-its-lane-is",
+        invariant: 1,
+        file: "src/endpoint/core/recovery/writer.rs",
+        find: "                    access.wholly_posted = false;\n",
+        replace: "                    let _ = access;\n",
+        tests: &["recovery_ends::an_access"],
+    },
+    Mutation {
         name: "pages-are-released-before-the-writer-has-stopped",
         invariant: 3,
         file: "src/protocol/arrival.rs",
