@@ -94,7 +94,7 @@ impl Rig {
         let push = prefill.push_blocking(&source.pool, grant, DEADLINE);
         let push = push.expect("open before the fault");
         Self {
-            prefill: prefill,
+            prefill,
             _decode: decode,
             source,
             destination,
