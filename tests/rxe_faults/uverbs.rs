@@ -55,7 +55,7 @@ fn command(device: &str, number: u32, body: impl Fn(u32) -> Vec<u8>) -> usize {
     for mut file in files(device) {
         for handle in 0..HANDLES {
             let body = body(handle);
-            let words = (8 + body.len() as u16 as usize) / 4;
+            let words = (8 + body.len()) / 4;
             let mut bytes = number.to_ne_bytes().to_vec();
             bytes.extend((words as u16).to_ne_bytes());
             bytes.extend(0u16.to_ne_bytes());
