@@ -44,7 +44,7 @@ pub use self::{
     drain::{DrainCount, DrainReport},
     error::{
         AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
-        PushInputError, StagingError,
+        PushInputError, StagingError, StuckCopy,
     },
     export::{LocalRegion, RemoteRegion},
     pool::{GrantOptions, Pool, PoolInUse, PoolOptions},

@@ -36,7 +36,7 @@ pub(crate) use self::{
 };
 use crate::{
     fabric::{Access, Device, LocalKey, MemoryKeys, RemoteKey},
-    memory::{Copier, Memory},
+    memory::{Copier, Memory, Ticket},
 };
 
 /// How one rail reaches a region.
@@ -95,6 +95,8 @@ impl RailKeys {
 pub(crate) struct Staged {
     /// Only the driver uses it; dropping it waits for what it has started.
     pub(crate) copier: Mutex<Box<dyn Copier>>,
+    /// A batch that was not waited for any more.
+    pub(crate) stuck: Mutex<Option<Ticket>>,
     /// Pinned for the copier, so it stays until the copier has gone.
     pub(crate) arena: Arc<Arena>,
 }
