@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 pub use self::arena::StagingStats;
 pub use self::report::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths};
 pub(crate) use self::{
-    arena::{Arena, Buffer, Counters, LandingRange},
+    arena::{Arena, Buffer, LandingRange},
     grid::Grid,
     index::{AddressIndex, Entry},
     policy::{Exports, Policy, Unreachable},

@@ -24,7 +24,6 @@ const DMABUF_TESTS: &[(&str, &str)] = &[
     (
         "endpoint_suite",
         "--include-ignored verbs::cut_ verbs::a_pool_of_h verbs::one_reg verbs::overlapping verbs::a_pool_in_use verbs::everything_arrives verbs::a_layer_is_ready verbs::revoked_while verbs::a_device_that verbs::a_full_arena verbs::what_cannot_be_staged verbs::copies_that",
-    ), // TEMPORARY
 ];
 
 /// Arguments of all tests. The suites share two emulated devices, and each test of theirs uses threads of its own.

@@ -9,7 +9,7 @@ use crate::{
         ArrivalError, StagingError,
         control::ConnId,
         core::Core,
-        regions::{Arena, Counters, LandingRange},
+        regions::{Arena, LandingRange},
         shared::PoolHandle,
     },
     kv::{KvLayout, Plan, PlanLimits, Planner},
@@ -224,7 +224,7 @@ impl Core {
         if self.staging.waiting.len() >= MOST_WAITING {
             return Err((RefuseCode::Busy, "too many grants wait for staging memory"));
         }
-        Counters::add(&arena.counters.waits, 1);
+        arena.counters.waits.add(1);
         self.staging.waiting.push_back((conn, open.clone()));
         Ok(false)
     }

@@ -40,10 +40,7 @@ pub(super) use self::{
 use super::Core;
 use crate::{
     endpoint::{
-        ArrivalError, PushError, StagingError,
-        control::ConnId,
-        regions::{Buffer, Counters},
-        shared::PoolHandle,
+        ArrivalError, PushError, StagingError, control::ConnId, regions::Buffer, shared::PoolHandle,
     },
     fabric::FabricKind,
     memory::{Copy, Direction, Ticket},
@@ -166,7 +163,7 @@ fn start(
         match copier.is_done(ticket) {
             Ok(true) => *stuck = None,
             Ok(false) | Err(_) => {
-                Counters::add(&staged.arena.counters.failures, 1);
+                staged.arena.counters.failures.add(1);
                 return Err(failed("an earlier copy has not ended".to_owned()));
             }
         }
@@ -184,12 +181,12 @@ fn start(
                 Direction::ToHost => &counters.to_host,
                 Direction::ToDevice => &counters.to_device,
             };
-            Counters::add(counter, bytes);
-            Counters::add(&counters.copies, copies.len() as u64);
+            counter.add(bytes);
+            counters.copies.add(copies.len() as u64);
             Ok(Batch { region, ticket })
         }
         Err(error) => {
-            Counters::add(&counters.failures, 1);
+            counters.failures.add(1);
             Err(failed(error.to_string()))
         }
     }
@@ -206,7 +203,7 @@ fn finish(pool: &PoolHandle, batches: &mut Vec<Batch>) -> Result<bool, StagingEr
             Ok(true) => batches.pop(),
             Ok(false) => return Ok(false),
             Err(error) => {
-                Counters::add(&staged.arena.counters.failures, 1);
+                staged.arena.counters.failures.add(1);
                 return Err(StagingError {
                     kind: region.memory().kind(),
                     reason: error.to_string(),
