@@ -21,9 +21,6 @@ const DMABUF_TESTS: &[(&str, &str)] = &[
         "fabric_suite",
         "--include-ignored any_offset outside_of_the_range a_mapping_ends",
     ),
-    (
-        "endpoint_suite",
-        "--include-ignored verbs::cut_ verbs::a_pool_of_h verbs::one_reg verbs::overlapping verbs::a_pool_in_use verbs::everything_arrives verbs::a_layer_is_ready verbs::revoked_while verbs::a_device_that verbs::a_full_arena verbs::what_cannot_be_staged verbs::copies_that",
 ];
 
 /// Arguments of all tests. The suites share two emulated devices, and each test of theirs uses threads of its own.
@@ -44,9 +41,6 @@ const BENCH_PORT: u16 = 7700;
 
 /// Where the bench leaves its rows.
 const BENCH_ROWS: &str = "bench.json";
-
-/// The same of a second run, over verbs.
-const VERBS_ROWS: &str = "bench-verbs.json";
 
 /// What both guests know; the network between them has nobody else on it.
 const BENCH_KEY: &str = "between-two-guests";
@@ -114,18 +108,18 @@ pub(super) fn dmabufs_in_one_guest(options: &Options, machine: &Machine) -> Resu
     script.push_str(&format!(
         "echo; echo '---- kvpush-bench, its pools in dmabufs'\n\
          {bench} devices || failed+=(devices:$?)\n\
-         {bench} --fabric tcp --memory udmabuf {BENCH_WORKLOAD} --json /out/{BENCH_ROWS} || failed+=(bench:$?)\n\
-         {bench} {BENCH_FABRIC} --memory udmabuf {BENCH_WORKLOAD} --json /out/{VERBS_ROWS} || failed+=(bench-verbs:$?)\n"
+         {bench} --fabric tcp --memory udmabuf {BENCH_WORKLOAD} --json /out/{BENCH_ROWS} || failed+=(bench:$?)\n"
     ));
     script.push_str(REPORT_FAILURES);
     let guest = options.configure(Guest::alone(script));
     let outcomes = guest::run("dmabuf", machine, vec![guest])?;
     report(&outcomes)?;
-    for (fabric, rows) in [("tcp", BENCH_ROWS), ("verbs", VERBS_ROWS)] {
-        let wanted = [("fabric", fabric), ("memory", "udmabuf->udmabuf")];
-        let count = check_rows(&rows_of(&outcomes, rows)?, &wanted)?;
-        println!("{count} rows over {fabric}, all in dmabufs and verified");
-    }
+    let rows = rows_of(&outcomes)?;
+    let wanted = [("fabric", "tcp"), ("memory", "udmabuf->udmabuf")];
+    println!(
+        "{} rows, all in dmabufs and verified",
+        check_rows(&rows, &wanted)?
+    );
     Ok(())
 }
 
@@ -147,12 +141,12 @@ pub(super) fn bench_between_two_guests(options: &Options, machine: &Machine) -> 
 
 /// Checks the rows that the bench left in the first guest, and counts them.
 fn bench_rows(outcomes: &[Outcome]) -> Result<usize> {
-    check_rows(&rows_of(outcomes, BENCH_ROWS)?, &[("fabric", "verbs")])
+    check_rows(&rows_of(outcomes)?, &[("fabric", "verbs")])
 }
 
-/// What the bench left in file `name` of the first guest.
-fn rows_of(outcomes: &[Outcome], name: &str) -> Result<String> {
-    let path = outcomes.first().context("no outcome")?.out.join(name);
+/// What the bench left in the first guest.
+fn rows_of(outcomes: &[Outcome]) -> Result<String> {
+    let path = outcomes.first().context("no outcome")?.out.join(BENCH_ROWS);
     std::fs::read_to_string(&path).with_context(|| format!("the bench left no {}", path.display()))
 }
 
