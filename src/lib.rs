@@ -108,6 +108,9 @@
 
 pub mod endpoint;
 pub mod fabric;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod kv;
 pub mod memory;
 mod protocol;
@@ -115,9 +118,6 @@ pub mod topology;
 pub(crate) mod wire;
 
 pub use endpoint::{Arrival, Endpoint, Pool, Push};
-#[cfg(fuzzing)]
-#[doc(hidden)]
-pub use wire::fuzzing;
 pub use wire::{
     Auth, ChannelError, Digest, GoodbyeCode, Grant, GrantError, GrantId, Incarnation, PoolId,
     RefuseCode, RegionToken, RejectCode, RevokeReason, WireError, WireErrorKind,

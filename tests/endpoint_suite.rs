@@ -13,6 +13,8 @@ mod far;
 mod fixture;
 #[path = "endpoint_suite/inputs.rs"]
 mod inputs;
+#[path = "endpoint_suite/lanes.rs"]
+mod lanes;
 #[path = "endpoint_suite/lifecycle.rs"]
 mod lifecycle;
 #[path = "endpoint_suite/mover.rs"]
@@ -27,6 +29,8 @@ mod transfers;
 mod vanish;
 #[path = "endpoint_suite/visibility.rs"]
 mod visibility;
+#[path = "endpoint_suite/windows.rs"]
+mod windows;
 
 /// One `#[test]` for each case over one fabric.
 macro_rules! suite {
@@ -104,6 +108,43 @@ macro_rules! all_cases {
     };
 }
 
+/// Cases with windows for every grant.
+macro_rules! window_cases {
+    ($fabric:ident $(#[$attribute:meta])*) => {
+        suite!($fabric $(#[$attribute])*:
+            windows::a_grant_says_what_its_writer_has,
+            windows::a_taken_grant_leaves_the_others,
+            windows::windows_do_not_run_out,
+            transfers::a_push_arrives_whole,
+            transfers::layers_become_ready_one_by_one,
+            transfers::chunks_arrive_in_any_order,
+            transfers::random_layouts_arrive_exactly,
+            transfers::shards_of_other_degrees_get_their_heads,
+            transfers::a_latent_cache_arrives,
+            transfers::more_parts_than_receives,
+            transfers::many_pushes_at_once,
+            transfers::both_ways_at_once,
+            inputs::damaged_and_foreign_grants,
+            inputs::a_grant_is_used_once,
+            lifecycle::revoked_before_it_is_opened,
+            lifecycle::revoked_in_the_middle,
+            lifecycle::expired_in_the_middle,
+            lifecycle::cancelled_by_the_writer,
+            lifecycle::dropped_by_the_writer,
+            lifecycle::dropped_by_the_reader,
+            lifecycle::a_lost_writer_ends_the_arrival,
+            lifecycle::a_lost_reader_ends_the_push,
+            lifecycle::shutdown_answers_everyone,
+            lifecycle::nothing_is_left_behind,
+            regions::cut_regions_arrive_exactly,
+            regions::a_pool_of_hundreds_of_regions,
+            regions::one_registration_for_the_same_memory,
+            regions::a_pool_in_use_is_not_closed,
+            drain::a_drain_lets_pushes_finish,
+        );
+    };
+}
+
 /// Cases with memory of devices that only software can reach.
 macro_rules! software_cases {
     ($($name:ident $fabric:ident),*) => {$(
@@ -117,8 +158,22 @@ macro_rules! software_cases {
     )*};
 }
 
+/// Cases over fabrics whose lanes can be broken from here.
+macro_rules! lane_cases {
+    ($($name:ident $fabric:ident),*) => {$(
+        mod $name {
+            suite!(@ $fabric [] lanes::a_push_survives_the_loss_of_its_lanes);
+        }
+    )*};
+}
+
 all_cases!(sim);
 all_cases!(tcp);
 all_cases!(shm);
 software_cases!(device_sim sim, device_tcp tcp);
+lane_cases!(lanes_sim sim, lanes_tcp tcp);
 all_cases!(verbs #[ignore = "needs an RDMA device: cargo xtask rxe"]);
+window_cases!(sim_windows);
+window_cases!(tcp_windows);
+window_cases!(shm_windows);
+window_cases!(verbs_windows #[ignore = "needs an RDMA device: cargo xtask rxe"]);

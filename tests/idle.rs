@@ -31,12 +31,17 @@ fn sleeps() -> BTreeMap<String, u64> {
 
 #[test]
 fn an_idle_endpoint_sleeps() {
+    // One after the other, because threads are counted.
+    for fabric in [FabricKind::Tcp, FabricKind::Shm] {
+        println!("{fabric}");
+        sleeps_over(fabric);
+    }
+}
+
+fn sleeps_over(fabric: FabricKind) {
     let endpoint = |name| {
         let builder = Endpoint::builder().name(name).auth(Auth::psk([1; 32]));
-        builder
-            .fabrics([FabricKind::Tcp])
-            .bind("127.0.0.1:0")
-            .unwrap()
+        builder.fabrics([fabric]).bind("127.0.0.1:0").unwrap()
     };
     let (prefill, decode) = (endpoint("prefill"), endpoint("decode"));
     let shape = KvShape {

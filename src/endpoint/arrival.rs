@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    ArrivalError,
+    ArrivalError, GrantKeys,
     core::Command,
     shared::{ArrivalShared, ArrivalState, EndpointShared},
     telemetry::Event,
@@ -62,6 +62,11 @@ impl Arrival {
     /// The right to write these pages, for the writer.
     pub fn grant(&self) -> &Grant {
         &self.grant
+    }
+
+    /// What its writer has been given; nothing while no writer has opened it.
+    pub fn keys(&self) -> Option<GrantKeys> {
+        self.shared.signal.look(|state| state.keys)
     }
 
     /// What led to its end, if that was not a good one: the last changes of state of its session, oldest first.

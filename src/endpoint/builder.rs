@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Endpoint, EndpointError, Owner, Polling, RailChoice,
+    Endpoint, EndpointError, Owner, Polling, Protection, RailChoice,
     config::{Config, Keepalive},
     core::Core,
     drain::DrainShared,
@@ -127,6 +127,19 @@ impl Builder {
     /// Grants and pushes that may be live at once. Default 2048.
     pub fn max_transfers(mut self, transfers: u32) -> Self {
         self.config.max_transfers = transfers;
+        self
+    }
+
+    /// Which keys writers are given. Default [`Protection::Region`].
+    pub fn protection(mut self, protection: Protection) -> Self {
+        self.config.protection = protection;
+        self
+    }
+
+    /// Windows of one grant on one lane, besides the tail's. A grant whose pages lie in more pieces gets one window for
+    /// each region, from the first of its pages to the last: coarser, but still its own and shut with it. Default 64.
+    pub fn max_windows(mut self, windows: u32) -> Self {
+        self.config.max_windows = windows;
         self
     }
 

@@ -26,6 +26,36 @@ pub(crate) struct Keepalive {
     pub(crate) timeout: Duration,
 }
 
+/// Which keys a reader gives to the writer of a grant.
+///
+/// The key of a region opens all of it, to every peer that was told, until the region is no longer registered. Windows
+/// open only what was granted, to the lanes of that writer, until the grant ends: see `SECURITY.md` and
+/// [`WindowCaps`](crate::fabric::WindowCaps) for what a device makes of that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protection {
+    /// Keys of regions. A grant is opened without delay, and takes nothing of the device.
+    #[default]
+    Region,
+    /// Windows where the rails have them and there are enough, otherwise keys of regions.
+    Auto,
+    /// Windows. A writer is refused where there are none, and told to try again where there are not enough.
+    Window,
+}
+
+/// What the writer of a grant has been given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrantKeys {
+    /// The keys of regions: it can reach all of the pool.
+    Region,
+    /// Windows of its own.
+    Windows {
+        /// How many, over all lanes, those of the tail included.
+        count: u32,
+        /// Whether they hold the granted pages only; if not, they reach from the first page in a region to the last.
+        exact: bool,
+    },
+}
+
 /// An endpoint's settings.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -53,6 +83,8 @@ pub(crate) struct Config {
     pub(crate) metric_peers: usize,
     pub(crate) policy: Policy,
     pub(crate) flush: bool,
+    pub(crate) protection: Protection,
+    pub(crate) max_windows: u32,
     pub(crate) staging_memory: u64,
     pub(crate) polling: Polling,
     pub(crate) verbs: VerbsConfig,
@@ -88,6 +120,8 @@ impl Default for Config {
             metric_peers: 256,
             policy: Policy::default(),
             flush: true,
+            protection: Protection::Region,
+            max_windows: 64,
             staging_memory: 64 << 20,
             polling: Polling::Adaptive(Duration::from_micros(20)),
             verbs: VerbsConfig::default(),

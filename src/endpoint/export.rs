@@ -277,3 +277,16 @@ fn check_range(
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_ends_with_its_region() {
+        let fits = |offset, length| check_range("remote", offset, length, 100).is_ok();
+        assert!(fits(0, 100) && fits(99, 1) && fits(100, 0));
+        assert!(!fits(0, 101) && !fits(99, 2) && !fits(101, 0));
+        assert!(!fits(u64::MAX, 2), "the sum does not fit");
+    }
+}

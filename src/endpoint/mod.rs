@@ -24,6 +24,7 @@ mod rails;
 mod regions;
 mod shared;
 mod signal;
+mod sleep;
 pub mod telemetry;
 mod wake;
 
@@ -39,7 +40,7 @@ pub use self::{
     arrival::{Arrival, Revocation},
     builder::Builder,
     choice::RailChoice,
-    config::Polling,
+    config::{GrantKeys, Polling, Protection},
     control::{CloseReason, DialError, DialFailure},
     drain::{DrainCount, DrainReport},
     error::{

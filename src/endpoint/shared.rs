@@ -14,8 +14,8 @@ use crossbeam::channel::Sender;
 use parking_lot::Mutex;
 
 use super::{
-    AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
-    PushReport,
+    AccessError, ArrivalError, EndpointError, FlushError, GrantKeys, IssueError, PeerError,
+    PushError, PushReport,
     choice::RailDistance,
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
@@ -26,7 +26,7 @@ use super::{
     wake::WakeHandle,
 };
 use crate::{
-    fabric::{Access, Device, LocalKey, RemoteKey},
+    fabric::{Access, Device, LocalKey, MrId, RemoteKey},
     kv::{HeadRange, KvLayout},
     memory::{HostMemory, Memory, Visibility},
     topology::Topology,
@@ -393,6 +393,14 @@ impl TailSlot {
         keys.remote().first().copied()
     }
 
+    /// What a window for it is bound into on one rail: address, registration, bytes.
+    pub(crate) fn window(&self, rail: usize) -> Option<(u64, MrId, u64)> {
+        let keys = self.arena.region.rails().get(rail)?;
+        let (address, mr) = keys.window(self.offset())?;
+        let length = u64::from(self.arena.capacity) + TailHeader::SIZE as u64;
+        Some((address, mr, length))
+    }
+
     /// Its address and key for gather lists, on one rail.
     pub(crate) fn local(&self, rail: usize) -> Option<(u64, LocalKey)> {
         let (address, key, _) = self.arena.region.rails().get(rail)?.at(self.offset())?;
@@ -437,6 +445,7 @@ pub(crate) struct ArrivalState {
     layers: Vec<u64>,
     pub(crate) complete_layers: u32,
     pub(crate) tail: Option<Bytes>,
+    pub(crate) keys: Option<GrantKeys>,
     pub(crate) end: Option<Result<(), ArrivalError>>,
 }
 
@@ -456,6 +465,7 @@ impl ArrivalShared {
                 layers,
                 complete_layers: 0,
                 tail: None,
+                keys: None,
                 end: None,
             }),
             trace: OnceLock::new(),

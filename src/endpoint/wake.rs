@@ -1,17 +1,13 @@
-//! Waking the driver thread, at the cost of a system call only when it sleeps.
-//!
-//! The driver announces that it is about to sleep, looks once more for work, and only then sleeps. A caller adds its
-//! work first and then looks whether the driver sleeps. Both orders are sequentially consistent, so one of the two
-//! sees the other (Dekker's argument).
+//! Waking the driver thread, at the cost of a system call only when it sleeps. Who must call whom is decided in
+//! [`super::sleep`], where the argument is.
 
 use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering, fence},
-    },
+    sync::Arc,
 };
+
+use super::sleep::Sleep;
 
 /// Wakes the driver. Any thread may call.
 #[derive(Clone, Debug)]
@@ -19,7 +15,7 @@ pub(crate) struct WakeHandle(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    sleeping: AtomicBool,
+    sleep: Sleep,
     event: OwnedFd,
 }
 
@@ -33,15 +29,14 @@ impl WakeHandle {
         // SAFETY: the descriptor was just created and belongs to nobody else.
         let event = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Self(Arc::new(Inner {
-            sleeping: AtomicBool::new(false),
+            sleep: Sleep::new(),
             event,
         })))
     }
 
     /// Wakes the driver if it sleeps or is about to. Call after the work has been made visible.
     pub(crate) fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.0.sleeping.swap(false, Ordering::SeqCst) {
+        if self.0.sleep.wake() {
             let one = 1u64.to_ne_bytes();
             // SAFETY: eight readable bytes and a descriptor we own. The only failure is a counter that is full, and
             // then the driver has a wake-up waiting anyway.
@@ -52,13 +47,12 @@ impl WakeHandle {
     /// The driver is about to sleep: from here on [`WakeHandle::wake`] reaches it. It must look for work once more
     /// before it sleeps.
     pub(crate) fn announce_sleep(&self) {
-        self.0.sleeping.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
+        self.0.sleep.announce();
     }
 
     /// The driver is awake.
     pub(crate) fn awake(&self) {
-        if !self.0.sleeping.swap(false, Ordering::SeqCst) {
+        if self.0.sleep.awake() {
             let mut count = [0u8; 8];
             // SAFETY: eight writable bytes and a descriptor we own, which does not block.
             unsafe {

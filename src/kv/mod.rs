@@ -6,6 +6,7 @@
 //! * [`shard`] says which ranks of two tensor-parallel groups have heads in common.
 //! * [`Planner`] turns pages of one cache into few large writes to another.
 
+mod cover;
 mod dtype;
 mod layout;
 pub mod models;
@@ -20,6 +21,7 @@ mod validate;
 #[cfg(test)]
 mod validate_tests;
 
+pub(crate) use cover::{Range, cover};
 pub use dtype::Dtype;
 pub use layout::{HeadRange, KvLayout, LayerLayout, Plane, PlaneRole};
 pub use plan::{Plan, PlanError, PlanLimits, PlannedWrite, Planner, Side, SourceRun};

@@ -6,9 +6,12 @@
 
 use super::auth::Auth;
 use super::channel::Channel;
+use super::codec::{Reader, Writer};
 use super::grant::Grant;
 use super::ids::Digest;
+use super::imm::Imm;
 use super::message::Message;
+use super::pool::PoolDescriptor;
 use super::token::RegionToken;
 
 /// Grants and region tokens: what is accepted encodes to the same bytes, with and without a digest that fits.
@@ -39,6 +42,34 @@ pub fn message(bytes: &[u8]) {
     if let Ok(message) = Message::decode(bytes) {
         let again = message.encode().expect("accepted, so within the limits");
         assert_eq!(Message::decode(&again), Ok(message));
+    }
+}
+
+/// Descriptions of pools: what is accepted survives another round, and looking at its layout does not panic, however
+/// absurd it is.
+pub fn pool(bytes: &[u8]) {
+    let mut reader = Reader::new("pool", bytes);
+    let Ok(pool) = PoolDescriptor::read(&mut reader) else {
+        return;
+    };
+    let lengths: Vec<u64> = pool.regions.iter().map(|region| region.length).collect();
+    // Either answer is one.
+    let _ = pool.layout.validate(&lengths);
+    let mut writer = Writer::new("pool");
+    pool.write(&mut writer)
+        .expect("accepted, so within the limits");
+    let bytes = writer.finish();
+    let again = PoolDescriptor::read(&mut Reader::new("pool", &bytes));
+    assert_eq!(again.as_ref(), Ok(&pool));
+}
+
+/// Immediates: every value is a slot and a part, and only one value is these.
+pub fn immediate(bytes: &[u8]) {
+    for bytes in bytes.as_chunks::<4>().0 {
+        let value = u32::from_le_bytes(*bytes);
+        let imm = Imm::from_wire(value);
+        let again = Imm::new(imm.slot(), imm.part()).expect("within the limits");
+        assert_eq!(again.to_wire(), value);
     }
 }
 

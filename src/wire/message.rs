@@ -2,6 +2,7 @@
 
 use super::ids::{Digest, GrantId, Incarnation, Nonce, PoolId};
 use super::pool::{PoolDescriptor, RegionKey};
+use super::windows::GrantWindows;
 use crate::wire::{FabricKind, LaneAddress, RemoteKey};
 
 /// Most bytes of an endpoint's name.
@@ -266,6 +267,8 @@ pub(crate) struct Accept {
     /// Until the grant's deadline by the reader's clock.
     pub(crate) remaining_ns: u64,
     pub(crate) tail: TailTarget,
+    /// If there are any, they are the only keys there are: neither the tail nor the pool has others.
+    pub(crate) windows: Option<GrantWindows>,
     pub(crate) pool: Option<PoolDescriptor>,
     /// Where to write in place of the pool, for this push only: page `i` is for position `i` of the grant.
     pub(crate) landing: Option<PoolDescriptor>,

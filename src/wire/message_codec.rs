@@ -5,6 +5,7 @@ use super::codec::{Reader, WireError, WireErrorKind, Writer};
 use super::ids::{Digest, GrantId, Incarnation, PoolId};
 use super::message::*;
 use super::pool::{MAX_RAILS, PoolDescriptor, RegionKey};
+use super::windows::GrantWindows;
 use crate::wire::{FabricKind, RemoteKey};
 
 mod tag {
@@ -120,6 +121,10 @@ impl Message {
                 w.u16(accept.slot);
                 w.u64(accept.remaining_ns);
                 write_tail(w, &accept.tail)?;
+                w.bool(accept.windows.is_some());
+                if let Some(windows) = &accept.windows {
+                    windows.write(w)?;
+                }
                 for pool in [&accept.pool, &accept.landing] {
                     w.bool(pool.is_some());
                     if let Some(pool) = pool {
@@ -305,6 +310,10 @@ impl Message {
                     slot: r.u16("slot")?,
                     remaining_ns: r.u64("remaining")?,
                     tail: read_tail(r)?,
+                    windows: match r.bool("has windows")? {
+                        true => Some(GrantWindows::read(r)?),
+                        false => None,
+                    },
                     pool: match r.bool("has pool")? {
                         true => Some(PoolDescriptor::read(r)?),
                         false => None,

@@ -23,6 +23,7 @@ mod names;
 mod pages;
 mod pool;
 mod token;
+mod windows;
 
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,7 @@ pub use names::{FabricKind, LaneAddress, RemoteKey};
 pub(crate) use pool::{MAX_EXTENTS, PoolDescriptor, RegionDescriptor, RegionKey};
 pub use token::RegionToken;
 pub(crate) use token::RegionTokenFields;
+pub(crate) use windows::{GrantWindows, LaneWindows, MAX_WINDOWS, WindowRange};
 
 /// The protocol version both sides of a control connection must share.
 pub(crate) const PROTOCOL_VERSION: u16 = 1;

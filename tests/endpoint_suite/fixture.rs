@@ -11,7 +11,7 @@ use std::{
 
 use kvpush::{
     Auth, Endpoint, Pool,
-    endpoint::Builder,
+    endpoint::{Builder, Protection},
     fabric::{FabricKind, sim::SimNet, verbs::VerbsConfig},
     kv::{KvLayout, region_lengths},
     memory::{HostMemory, Memory},
@@ -27,6 +27,7 @@ pub(crate) const POISON: u8 = 0xa5;
 pub(crate) struct Fabric {
     kind: FabricKind,
     net: Option<SimNet>,
+    protection: Protection,
 }
 
 impl Fabric {
@@ -34,6 +35,7 @@ impl Fabric {
         Self {
             kind: FabricKind::Sim,
             net: Some(SimNet::free_running(seed())),
+            protection: Protection::Region,
         }
     }
 
@@ -41,6 +43,7 @@ impl Fabric {
         Self {
             kind: FabricKind::Tcp,
             net: None,
+            protection: Protection::Region,
         }
     }
 
@@ -48,6 +51,7 @@ impl Fabric {
         Self {
             kind: FabricKind::Shm,
             net: None,
+            protection: Protection::Region,
         }
     }
 
@@ -55,6 +59,31 @@ impl Fabric {
         Self {
             kind: FabricKind::Verbs,
             net: None,
+            protection: Protection::Region,
+        }
+    }
+
+    /// The same with windows for every grant.
+    pub(crate) fn sim_windows() -> Self {
+        Self::sim().with_windows()
+    }
+
+    pub(crate) fn tcp_windows() -> Self {
+        Self::tcp().with_windows()
+    }
+
+    pub(crate) fn shm_windows() -> Self {
+        Self::shm().with_windows()
+    }
+
+    pub(crate) fn verbs_windows() -> Self {
+        Self::verbs().with_windows()
+    }
+
+    fn with_windows(self) -> Self {
+        Self {
+            protection: Protection::Window,
+            ..self
         }
     }
 
@@ -63,11 +92,17 @@ impl Fabric {
         let builder = Endpoint::builder()
             .name(name)
             .auth(key())
+            .protection(self.protection)
             .revoke_grace(Duration::from_secs(5));
         match &self.net {
             Some(net) => builder.fabrics([]).device(net.device(name)),
             None => builder.fabrics([self.kind]).verbs(patient()),
         }
+    }
+
+    /// The simulated net, if it is one.
+    pub(crate) fn net(&self) -> Option<&SimNet> {
+        self.net.as_ref()
     }
 
     /// An endpoint with default settings.

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::process::{self, stage};
-use crate::{audit, gpu_libs, oracle, rxe, sim};
+use crate::{audit, fuzz, gpu_libs, loom, oracle, rxe, sim};
 
 const TEST_HELP: &str = "\
 cargo xtask test: every test there is
@@ -33,7 +33,7 @@ USAGE
 
 STAGES
     cargo fmt --check; cargo clippy and cargo doc, warnings being errors; cargo xtask audit; cargo xtask oracle;
-    cargo xtask test
+    cargo xtask loom; cargo xtask fuzz; cargo xtask test
 
 OPTIONS
     --no-rxe      Leave the soft-RoCE guests out (see `cargo xtask test --help`)
@@ -85,6 +85,8 @@ pub(crate) fn ci(args: &[String]) -> Result<()> {
     })?;
     stage("audit", audit::audit)?;
     stage("oracle", || oracle::oracle(true))?;
+    stage("loom", || loom::loom(&[]))?;
+    stage("fuzzing", || fuzz::main(&[]))?;
     test_stages(with_rxe)?;
     println!(
         "\n==== ci: passed after {:.0} s",

@@ -7,8 +7,11 @@ mod apt;
 mod artifacts;
 mod audit;
 mod checks;
+mod fuzz;
 mod gpu_libs;
 mod guest;
+mod loom;
+mod mutants;
 mod oracle;
 mod process;
 mod rxe;
@@ -30,6 +33,10 @@ COMMANDS
     ci        What the CI runs: fmt, clippy, docs, audit, oracle, then `test`
     rxe       Run the RDMA tests, kvpush-bench, perftest or your own command over soft-RoCE in QEMU guests
     sim       Thousands of schedules of whole endpoints in simulated time, under faults
+    fuzz      Run the fuzz targets from their seeds: every decoder, with libFuzzer and the address sanitizer
+    loom      Every order of memory accesses in the lock-free parts
+    miri      The tests of the pure layers under miri, where the toolchain has it
+    mutants   Break the code of an invariant on purpose, one mutation at a time, and see a test notice
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
     gpu-libs  Our GPU bindings against the real ROCm libraries and headers (Debian's), and cuda.h where there is one
     oracle    Compare our hand-made verbs definitions with the ones bindgen makes from the system's headers
@@ -63,6 +70,10 @@ fn dispatch(args: &[String]) -> Result<()> {
         "ci" => checks::ci(rest),
         "rxe" => rxe::main(rest),
         "sim" => sim::main(rest),
+        "fuzz" => fuzz::main(rest),
+        "loom" => loom::loom(rest),
+        "miri" => loom::miri(rest),
+        "mutants" => mutants::main(rest),
         "audit" => audit::main(rest),
         "gpu-libs" => gpu_libs::main(rest),
         "oracle" => oracle::main(rest),

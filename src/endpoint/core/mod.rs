@@ -15,6 +15,7 @@
 //! | `pump` | from queued work to posted requests |
 //! | `cut` | writes between regions of several registrations |
 //! | `reader` | the accepting side: grants, arrivals, revocation |
+//! | `windows` | keys to what one grant opens, bound and taken back |
 //! | `recovery` | lanes that fail and are made again, rails that come and go |
 //! | `access` | one-sided reads and writes of exported regions |
 //! | `drain` | going away in good order |
@@ -47,6 +48,7 @@ mod session;
 mod staging;
 mod timers;
 mod watch;
+mod windows;
 mod writer;
 
 #[cfg(test)]
@@ -93,6 +95,8 @@ pub(super) struct Rail {
     pub(super) kind: FabricKind,
     /// Completion-queue entries that no lane has reserved.
     pub(super) completions_free: u32,
+    /// Memory windows that no grant has.
+    pub(super) windows_free: u32,
     /// It cannot be polled any more.
     pub(super) dead: bool,
     /// It did not fence a lane: what runs on it goes on, but nothing new does.
@@ -170,6 +174,7 @@ impl Core {
             .into_iter()
             .map(|(device, context, completions_free)| Rail {
                 kind: device.info().kind,
+                windows_free: device.info().caps.windows.map_or(0, |caps| caps.max),
                 device,
                 context,
                 completions_free,
@@ -452,6 +457,9 @@ impl Core {
             return;
         }
         match completion.kind {
+            CompletionKind::Sent { id } if windows::is_operation(id) => {
+                self.window_done(conn, lane, id);
+            }
             CompletionKind::Sent { id } => self.sent(conn, lane, id),
             CompletionKind::Received { imm } => self.part_arrived(conn, lane, imm),
         }

@@ -349,7 +349,7 @@ impl Work<'_> {
             let Some(push) = self.pushes.get(&id) else {
                 return Ok(true);
             };
-            let Some(targets) = push.targets(lane.remote_rail) else {
+            let Some(targets) = push.targets(lane) else {
                 return Ok(true);
             };
             let source = Arc::clone(&push.source);
@@ -437,7 +437,7 @@ impl Work<'_> {
             let Some(push) = self.pushes.get(&id) else {
                 return Ok(true);
             };
-            let Some(targets) = push.targets(lane.remote_rail) else {
+            let Some(targets) = push.targets(lane) else {
                 return Ok(true);
             };
             let write = lane.plan.writes[next];
@@ -503,7 +503,7 @@ impl Work<'_> {
             let Some(push) = push.filter(|push| push.machine.may_post()) else {
                 return Ok(true);
             };
-            let Some(targets) = push.targets(lane.remote_rail) else {
+            let Some(targets) = push.targets(lane) else {
                 return Ok(true);
             };
             let (piece, offset, buffer) = match task.ready(&lane.plan, targets, self.staging) {
@@ -574,7 +574,7 @@ impl Work<'_> {
         if !push.machine.may_post() {
             return Ok(true);
         }
-        let Some((address, key, length, target)) = push.tail(lane.rail, lane.remote_rail) else {
+        let Some((address, key, length, target)) = push.tail(lane) else {
             return Ok(true);
         };
         if !lane.send.take(1, 1) {

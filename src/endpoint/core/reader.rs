@@ -8,20 +8,21 @@ use super::{
     staging::Landed,
     timers::Timer,
     watch::Watch,
+    windows::{Opening, SHUT, Windows},
 };
 use crate::{
     endpoint::regions::Region,
     endpoint::{
-        ArrivalError, PeerError,
+        ArrivalError, GrantKeys, PeerError,
         control::ConnId,
         shared::{ArrivalShared, PoolHandle, TailSlot},
     },
     fabric::FabricError,
     protocol::{ArrivalAction, ArrivalEnd, ArrivalMachine, Blocks, PartMap, PartOutcome, Time},
     wire::{
-        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, Imm, Incarnation, Message, Open,
-        PoolDescriptor, Refuse, RefuseCode, RegionDescriptor, RegionKey, Revoke, RevokeReason,
-        TailTarget,
+        Accept, Cancel, Credits, GoodbyeCode, Grant, GrantId, GrantWindows, Imm, Incarnation,
+        Message, Open, PoolDescriptor, Refuse, RefuseCode, RegionDescriptor, RegionKey, Revoke,
+        RevokeReason, TailTarget,
     },
 };
 
@@ -38,9 +39,11 @@ pub(crate) struct ArrivalEntry {
     valid_for: Duration,
     /// Whether devices are told of what has arrived before the caller is.
     flush: bool,
-    machine: ArrivalMachine<ArrivalError>,
+    pub(super) machine: ArrivalMachine<ArrivalError>,
     /// The session that opened it, its name there, and its slot in immediates.
     pub(super) opened: Option<(ConnId, u64, u16)>,
+    /// The keys that its writer has instead of those of regions, or will have.
+    pub(super) windows: Option<Windows>,
     pub(super) watch: Watch,
 }
 
@@ -66,6 +69,7 @@ impl ArrivalEntry {
             flush,
             machine: ArrivalMachine::new(Time(u64::MAX), Duration::ZERO),
             opened: None,
+            windows: None,
             watch: Watch::default(),
         }
     }
@@ -156,6 +160,9 @@ impl Core {
         };
         let action = arrival.machine.tick(self.now);
         self.arrival_action(slot, action);
+        if self.is_overdue(slot) {
+            self.arrival_action(slot, ArrivalAction::Fence);
+        }
     }
 
     /// A peer wants to use a grant.
@@ -178,10 +185,7 @@ impl Core {
     /// The same, with a landing if it needs one.
     pub(super) fn open_landed(&mut self, conn: ConnId, open: &Open) {
         match self.try_open(conn, open) {
-            Ok(accept) => {
-                self.tell_arrival_open(conn, open.grant.slot);
-                self.send(conn, &Message::Accept(Box::new(accept)));
-            }
+            Ok(()) => {}
             Err((code, detail)) => self.refuse(conn, open, code, detail),
         }
     }
@@ -199,18 +203,13 @@ impl Core {
         self.send(conn, &Message::Refuse(refuse));
     }
 
-    fn try_open(
-        &mut self,
-        conn: ConnId,
-        open: &Open,
-    ) -> Result<Accept, (RefuseCode, &'static str)> {
+    fn try_open(&mut self, conn: ConnId, open: &Open) -> Result<(), (RefuseCode, &'static str)> {
         if open.incarnation != self.incarnation {
             return Err((
                 RefuseCode::WrongIncarnation,
                 "the endpoint has restarted since",
             ));
         }
-        let rails = self.rails_of_session(conn);
         if self.is_draining() {
             return Err((RefuseCode::Draining, "the endpoint is going away"));
         }
@@ -230,7 +229,7 @@ impl Core {
                 "its content has been changed on the way",
             ));
         }
-        if !arrival.machine.is_granted() {
+        if !arrival.machine.is_granted() || arrival.opened.is_some() {
             return Err((RefuseCode::AlreadyOpened, "another push uses it"));
         }
         let Some(session) = self.sessions.get_mut(&conn) else {
@@ -239,11 +238,72 @@ impl Core {
         let Some(slot) = session.take_slot(open.grant.slot) else {
             return Err((RefuseCode::Busy, "too many pushes from this peer at once"));
         };
-        let Some(remaining) = arrival.machine.open(self.now) else {
+        if arrival.machine.next_deadline() <= Some(self.now) {
             session.slots[usize::from(slot)] = None;
             return Err((RefuseCode::Expired, "its deadline has passed"));
-        };
+        }
         arrival.opened = Some((conn, open.push, slot));
+        match self.begin_windows(conn, open.grant.slot, open) {
+            Opening::Windows => self.drive_windows(open.grant.slot),
+            Opening::Region { again } => {
+                self.accept(open.grant.slot, open.want_pool || again, None)
+            }
+            Opening::Refused(code, detail) => {
+                self.close_opening(open.grant.slot);
+                return Err((code, detail));
+            }
+        }
+        Ok(())
+    }
+
+    /// The grant in `slot` is not being opened any more, and may be again.
+    pub(super) fn close_opening(&mut self, slot: u32) {
+        let opened = self
+            .arrivals
+            .get_mut(&slot)
+            .and_then(|arrival| arrival.opened.take());
+        if let Some((conn, _, imm_slot)) = opened
+            && let Some(session) = self.sessions.get_mut(&conn)
+        {
+            session.slots[usize::from(imm_slot)] = None;
+        }
+    }
+
+    /// Tells the writer that has opened the grant in `slot` where to write: through `windows`, or with the keys of
+    /// regions.
+    pub(super) fn accept(&mut self, slot: u32, tell_pool: bool, windows: Option<GrantWindows>) {
+        let opened = self.arrivals.get(&slot).and_then(|arrival| arrival.opened);
+        let Some((conn, push, imm_slot)) = opened else {
+            return;
+        };
+        let rails = match windows {
+            None => self.rails_of_session(conn),
+            Some(_) => Vec::new(),
+        };
+        let Some(arrival) = self.arrivals.get_mut(&slot) else {
+            return;
+        };
+        let Some(remaining) = arrival.machine.open(self.now) else {
+            // Its timer is due and ends it, and its windows.
+            let refuse = Refuse {
+                push,
+                code: RefuseCode::Expired,
+                detail: "its deadline has passed".to_owned(),
+            };
+            if windows.is_none() {
+                self.close_opening(slot);
+            }
+            self.send(conn, &Message::Refuse(refuse));
+            return;
+        };
+        let keys = match (&windows, &arrival.windows) {
+            (Some(_), Some(windows)) => windows.summary(),
+            _ => GrantKeys::Region,
+        };
+        arrival
+            .shared
+            .signal
+            .update(|state| state.keys = Some(keys));
         let record = &arrival.pool.record;
         // A writer takes a rail without keys for one that the pool does not use.
         let told: Vec<usize> = rails
@@ -253,7 +313,7 @@ impl Core {
             .collect();
         let landed = arrival.landed.as_ref();
         let landing = landed.map(|landed| landed.descriptor(&arrival.pool, &told));
-        let wants_pool = open.want_pool && landing.is_none();
+        let wants_pool = tell_pool && landing.is_none();
         let pool = wants_pool.then(|| PoolDescriptor {
             pool: record.id,
             layout: record.layout.clone(),
@@ -267,9 +327,9 @@ impl Core {
                 .collect(),
             distances: record.rails.iter().map(|rail| rail.unwrap_or(0)).collect(),
         });
-        Ok(Accept {
-            push: open.push,
-            slot,
+        let accept = Accept {
+            push,
+            slot: imm_slot,
             remaining_ns: u64::try_from(remaining.as_nanos()).unwrap_or(u64::MAX),
             tail: TailTarget {
                 address: arrival.tail_slot.address(),
@@ -279,9 +339,12 @@ impl Core {
                     .collect(),
                 capacity: arrival.grant.tail_capacity(),
             },
+            windows,
             pool,
             landing,
-        })
+        };
+        self.tell_arrival_open(conn, slot);
+        self.send(conn, &Message::Accept(Box::new(accept)));
     }
 
     /// A write with immediate has been placed: a part is there.
@@ -326,6 +389,10 @@ impl Core {
                 .copied()
                 .flatten()
         });
+        if slot == Some(SHUT) {
+            // Written before its windows were taken back, or empty; nobody waits for it any more.
+            return;
+        }
         let Some((slot, arrival)) =
             slot.and_then(|slot| Some((slot, self.arrivals.get_mut(&slot)?)))
         else {
@@ -419,6 +486,7 @@ impl Core {
     /// A writer has nothing in flight any more, as it was asked.
     pub(super) fn drained(&mut self, conn: ConnId, push: u64) {
         let Some((slot, arrival)) = self.arrival_of(conn, push) else {
+            self.let_in(conn, push);
             return;
         };
         let action = arrival.machine.drained();
@@ -427,9 +495,15 @@ impl Core {
 
     /// A writer gave up by itself.
     pub(super) fn given_up(&mut self, conn: ConnId, cancel: Cancel) {
+        let now = self.now;
         let Some((slot, arrival)) = self.arrival_of(conn, cancel.push) else {
+            self.let_in(conn, cancel.push);
             return;
         };
+        if arrival.windows.as_ref().is_some_and(|w| !w.is_told()) {
+            // It was being opened; it ends as if it had been.
+            let _ = arrival.machine.open(now);
+        }
         let failure = match cancel.code {
             Cancel::EXPIRED => arrival.expired(),
             _ => ArrivalError::Abandoned {
@@ -452,7 +526,7 @@ impl Core {
     }
 
     /// Does what an arrival's machine asks for.
-    fn arrival_action(&mut self, slot: u32, action: ArrivalAction<ArrivalError>) {
+    pub(super) fn arrival_action(&mut self, slot: u32, action: ArrivalAction<ArrivalError>) {
         let Some(arrival) = self.arrivals.get_mut(&slot) else {
             return;
         };
@@ -479,6 +553,12 @@ impl Core {
                 self.send(conn, &Message::Revoke(Revoke { push, reason }));
             }
             ArrivalAction::Fence => {
+                if self.shut_windows(slot) {
+                    return;
+                }
+                let Some(arrival) = self.arrivals.get(&slot) else {
+                    return;
+                };
                 let Some((conn, push, _)) = arrival.opened else {
                     return;
                 };
@@ -507,7 +587,7 @@ impl Core {
 
     /// An arrival is over, and nothing touches its pages any more, except as its end says.
     pub(super) fn end_arrival(&mut self, slot: u32, end: ArrivalEnd<ArrivalError>) {
-        let Some(arrival) = self.arrivals.remove(&slot) else {
+        let Some(arrival) = self.arrivals.get(&slot) else {
             return;
         };
         let result = match end {
@@ -515,6 +595,16 @@ impl Core {
             ArrivalEnd::Revoked => Err(ArrivalError::Revoked),
             ArrivalEnd::Expired => Err(arrival.expired()),
             ArrivalEnd::Failed(error) => Err(error),
+        };
+        if let Some(result) = self.end_with_windows(slot, result) {
+            self.finish_arrival(slot, result);
+        }
+    }
+
+    /// Its windows are gone, too: its pages are released and its end is told.
+    pub(super) fn finish_arrival(&mut self, slot: u32, result: Result<(), ArrivalError>) {
+        let Some(arrival) = self.arrivals.remove(&slot) else {
+            return;
         };
         if arrival.opened.is_some() {
             self.count_arrival(result.is_ok());
@@ -552,6 +642,19 @@ impl Core {
                 continue;
             };
             let Some(source) = unfenced else {
+                // The windows went with the lanes.
+                if let Some(windows) = arrival.windows.take() {
+                    windows.give_back(&mut self.rails);
+                    if !windows.is_told() && !windows.is_ending() {
+                        // It was being opened; another writer may.
+                        arrival.opened = None;
+                        continue;
+                    }
+                    if let Some(result) = windows.into_end() {
+                        self.finish_arrival(*slot, result);
+                        continue;
+                    }
+                }
                 if arrival.landed.as_ref().is_some_and(Landed::is_whole) {
                     // All of it is in this host's memory: it is only to be copied, and the writer is not needed.
                     arrival.opened = None;

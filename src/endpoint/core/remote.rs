@@ -8,9 +8,9 @@ use super::{Core, Rail, session::Session, writer::PushEntry};
 use crate::{
     endpoint::{PeerError, PushError, config::Config, regions::Grid, shared::PoolRecord},
     fabric::RemoteKey,
-    kv::{HeadRange, KvLayout, PlanError, PlanLimits, Planner, Side},
+    kv::{HeadRange, KvLayout, PlanError, PlanLimits, Planner, Range, Side, cover},
     protocol::Blocks,
-    wire::{Accept, Imm, PoolDescriptor, PoolId, RegionKey, TailHeader},
+    wire::{Accept, GrantWindows, Imm, PoolDescriptor, PoolId, RegionKey, TailHeader},
 };
 
 /// Where a region of the peer is, through one of its rails.
@@ -21,6 +21,19 @@ pub(super) struct Target {
     first: RemoteKey,
     /// Those of all, if there are several.
     keys: Option<Arc<[RemoteKey]>>,
+    /// What was granted, if only that can be reached; the rest says nothing then.
+    windows: Option<Arc<[Opened]>>,
+}
+
+/// A window of the peer into a region.
+#[derive(Clone, Copy, Debug)]
+struct Opened {
+    /// In the region.
+    offset: u64,
+    end: u64,
+    /// Of the first byte.
+    address: u64,
+    key: RemoteKey,
 }
 
 impl Target {
@@ -32,6 +45,7 @@ impl Target {
             grid,
             first: *key.rkeys.first()?,
             keys: (!grid.is_whole()).then(|| key.rkeys.as_slice().into()),
+            windows: None,
         })
     }
 
@@ -42,6 +56,7 @@ impl Target {
             grid,
             first: key,
             keys: None,
+            windows: None,
         }
     }
 
@@ -58,6 +73,12 @@ impl Target {
     /// The address and key of the byte at `offset`, and how many bytes on the key is good for.
     #[inline]
     pub(super) fn at(&self, offset: u64) -> Option<(u64, RemoteKey, u64)> {
+        if let Some(windows) = &self.windows {
+            let index = windows.partition_point(|window| window.end <= offset);
+            let window = windows.get(index)?;
+            let skip = offset.checked_sub(window.offset)?;
+            return Some((window.address + skip, window.key, window.end - offset));
+        }
         let key = match &self.keys {
             None => self.first,
             Some(keys) => *keys.get(self.grid.index(offset))?,
@@ -66,10 +87,71 @@ impl Target {
     }
 }
 
+/// How one lane reaches what was granted, if that is by windows.
+#[derive(Debug)]
+pub(super) struct LaneTargets {
+    /// One for each region.
+    pub(super) regions: Arc<[Target]>,
+    pub(super) tail: Target,
+}
+
+/// Checks the windows that the peer tells of, for the lane at `index`: they lie in the regions and in the address space,
+/// in order, and hold all that is going to be written.
+fn lane_targets(
+    windows: &GrantWindows,
+    index: usize,
+    lengths: &[u64],
+    needed: &[Range],
+    tail_address: u64,
+) -> Option<LaneTargets> {
+    let lane = windows.lanes.get(index)?;
+    if lane.keys.len() != windows.ranges.len() {
+        return None;
+    }
+    let mut opened: Vec<Vec<Opened>> = vec![Vec::new(); lengths.len()];
+    for (range, &(address, key)) in windows.ranges.iter().zip(&lane.keys) {
+        let end = range.offset.checked_add(range.length)?;
+        let length = *lengths.get(usize::from(range.region))?;
+        let list = opened.get_mut(usize::from(range.region))?;
+        let sorted = list.last().is_none_or(|last| last.end <= range.offset);
+        if range.length == 0 || end > length || !sorted {
+            return None;
+        }
+        address.checked_add(range.length)?;
+        list.push(Opened {
+            offset: range.offset,
+            end,
+            address,
+            key,
+        });
+    }
+    let regions: Arc<[Target]> = opened
+        .into_iter()
+        .map(|list| Target {
+            windows: Some(list.into()),
+            ..Target::whole(0, RemoteKey(0))
+        })
+        .collect();
+    for range in needed {
+        let target = regions.get(usize::from(range.region))?;
+        let (mut offset, end) = (range.offset, range.offset.checked_add(range.length)?);
+        while offset < end {
+            let (_, _, rest) = target.at(offset)?;
+            offset = offset.saturating_add(rest);
+        }
+    }
+    Some(LaneTargets {
+        regions,
+        tail: Target::whole(tail_address, lane.tail),
+    })
+}
+
 /// A pool of the peer, checked.
 #[derive(Debug)]
 pub(super) struct RemotePool {
     layout: KvLayout,
+    /// Bytes of each region.
+    lengths: Vec<u64>,
     /// By the peer's rail: one target for each region.
     pub(super) targets: HashMap<u8, Arc<[Target]>>,
     /// How far the peer's rails are from it.
@@ -117,6 +199,7 @@ impl RemotePool {
         targets.retain(|_, list| list.len() == lengths.len());
         Ok(Self {
             layout: descriptor.layout,
+            lengths,
             distances: descriptor.distances,
             is_sound: targets.len() == named,
             is_cut: targets.values().flatten().any(|target| !target.is_whole()),
@@ -179,9 +262,11 @@ pub(super) fn prepare(
             .clone()
             .ok_or_else(|| protocol("no description of the pool"))?,
     };
-    if !session.lanes.iter().any(|lane| {
-        push.source.record.uses(lane.rail) && remote.targets.contains_key(&lane.remote_rail)
-    }) {
+    if accept.windows.is_none()
+        && !session.lanes.iter().any(|lane| {
+            push.source.record.uses(lane.rail) && remote.targets.contains_key(&lane.remote_rail)
+        })
+    {
         if !remote.is_sound {
             return Err(protocol("a rail without keys"));
         }
@@ -262,7 +347,17 @@ pub(super) fn prepare(
         .iter()
         .map(|&(rail, key)| (rail, Target::whole(accept.tail.address, key)))
         .collect();
-    if session
+    if let Some(windows) = &accept.windows {
+        let (needed, _) = cover(&remote.layout, push.destination(), usize::MAX);
+        let lanes = session.lanes.iter().enumerate().map(|(index, lane)| {
+            let address = accept.tail.address;
+            let targets = lane_targets(windows, index, &remote.lengths, &needed, address)?;
+            Some(((lane.rail, lane.id), targets))
+        });
+        let lanes: Option<HashMap<_, _>> = lanes.collect();
+        let lanes = lanes.ok_or_else(|| protocol("windows that do not hold what was granted"))?;
+        push.windows = Some(lanes);
+    } else if session
         .lanes
         .iter()
         .any(|lane| !push.tail_targets.contains_key(&lane.remote_rail))

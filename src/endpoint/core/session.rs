@@ -4,7 +4,7 @@
 //! says what it has, and the dialler offers again over the same connection.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::SocketAddr,
     sync::Arc,
 };
@@ -22,6 +22,9 @@ use crate::{
     protocol::{Backoff, LaneLedger, ReceiveCredits, ReplayLedger, SendCredits, Time},
     wire::Incarnation,
 };
+
+/// Operations on windows that one lane of the accepting side may have on its send queue.
+const WINDOW_DEPTH: u32 = 64;
 
 /// Who dialled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +76,11 @@ pub(super) struct Session {
     pub(super) kind: Option<FabricKind>,
     /// Acceptor: the grant slot behind each slot of an immediate.
     pub(super) slots: Vec<Option<u32>>,
+    /// Acceptor: pushes whose windows were taken back while their writer was silent, and their slots of the immediate,
+    /// which stay taken until the writer says that it has stopped: immediates of it may still be on their way.
+    pub(super) shut: BTreeMap<u64, u16>,
+    /// Acceptor: for each lane, the grant slots that wait for slots of its send queue, for their windows.
+    pub(super) waiting: Vec<VecDeque<u32>>,
     /// Acceptor: where the search for a free slot begins, so that slots are reused as late as possible.
     pub(super) next_slot: usize,
 }
@@ -98,6 +106,8 @@ impl Session {
             last_failure: None,
             kind: None,
             slots: Vec::new(),
+            shut: BTreeMap::new(),
+            waiting: Vec::new(),
             next_slot: 0,
         }
     }
@@ -342,6 +352,10 @@ impl Core {
         let (config, caps) = (&self.config, &self.rails[rail].device.info().caps);
         let (send_depth, receive_depth) = match role {
             Role::Dialler => (config.send_depth.min(caps.max_send_depth), 0),
+            Role::Acceptor if self.has_windows(rail) => (
+                WINDOW_DEPTH.min(caps.max_send_depth),
+                config.receive_depth.min(caps.max_receive_depth),
+            ),
             Role::Acceptor => (1, config.receive_depth.min(caps.max_receive_depth)),
         };
         LaneConfig {

@@ -3,13 +3,17 @@
 mod deadlines;
 mod drain;
 mod garbage;
+mod grants;
 mod hostile;
 mod limits;
 mod liveness;
 mod rails;
 mod recovery;
+mod recovery_ends;
+mod recovery_words;
 mod schedules;
 mod swarm;
 mod telemetry;
 mod unfenced;
+mod windows;
 mod world;

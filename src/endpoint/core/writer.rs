@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use super::{
     Core,
     pump::{Current, Owner, Task},
-    remote::{RemotePool, Target, prepare},
+    remote::{LaneTargets, RemotePool, Target, prepare},
     session::{Lane, LaneState, Phase, Session},
     timers::Timer,
     watch::Watch,
@@ -16,7 +16,7 @@ use crate::{
         control::ConnId,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
-    fabric::{FabricError, FabricKind, LocalKey, RemoteKey},
+    fabric::{FabricError, FabricKind, LaneId, LocalKey, RemoteKey},
     kv::Planner,
     protocol::{Blocks, PushAction, PushEnd, PushMachine, Time},
     wire::{
@@ -49,6 +49,8 @@ pub(crate) struct PushEntry {
     /// The lane of each part, once it has one.
     pub(super) lane_of: Vec<Option<u16>>,
     pub(super) tail_targets: HashMap<u8, Target>,
+    /// If the reader has given windows, they are all there is; by our rail and lane.
+    pub(super) windows: Option<HashMap<(usize, LaneId), LaneTargets>>,
     tail_bytes: u32,
     opened: Time,
     pub(super) watch: Watch,
@@ -81,29 +83,45 @@ impl PushEntry {
             remaining: Vec::new(),
             lane_of: Vec::new(),
             tail_targets: HashMap::new(),
+            windows: None,
             tail_bytes: 0,
             opened: Time(0),
             watch: Watch::default(),
         }
     }
 
-    /// The peer's regions through its rail `rail`.
-    pub(super) fn targets(&self, rail: u8) -> Option<&Arc<[Target]>> {
-        self.remote.as_ref()?.targets.get(&rail)
+    /// The peer's regions through `lane`.
+    pub(super) fn targets(&self, lane: &Lane) -> Option<&Arc<[Target]>> {
+        match &self.windows {
+            Some(windows) => Some(&windows.get(&(lane.rail, lane.id))?.regions),
+            None => self.remote.as_ref()?.targets.get(&lane.remote_rail),
+        }
     }
 
     /// How far both ends of a lane are from the memory there, together; nothing if a pool does not use one of them.
-    pub(super) fn distance(&self, rail: usize, remote_rail: u8) -> Option<u16> {
+    pub(super) fn distance(&self, lane: &Lane) -> Option<u16> {
+        if let Some(windows) = &self.windows
+            && !windows.contains_key(&(lane.rail, lane.id))
+        {
+            return None;
+        }
+        self.rail_distance(lane.rail, lane.remote_rail)
+    }
+
+    /// The same for a lane between two rails.
+    pub(super) fn rail_distance(&self, rail: usize, theirs: u8) -> Option<u16> {
         let ours = *self.source.record.rails.get(rail)?;
         let remote = self.remote.as_ref()?;
-        let reached = remote.targets.contains_key(&remote_rail)
-            && self.tail_targets.contains_key(&remote_rail);
-        reached.then_some(u16::from(ours?) + u16::from(remote.distance(remote_rail)))
+        let reached = self.windows.is_some()
+            || (remote.targets.contains_key(&theirs) && self.tail_targets.contains_key(&theirs));
+        reached.then_some(u16::from(ours?) + u16::from(remote.distance(theirs)))
     }
 
     /// Whether its writes may have to be cut, because a region of either side is registered in several extents.
     pub(super) fn is_cut(&self) -> bool {
-        self.source.record.is_cut || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
+        self.windows.is_some()
+            || self.source.record.is_cut
+            || self.remote.as_ref().is_some_and(|remote| remote.is_cut)
     }
 
     /// The pages to write to, in the grant's order.
@@ -123,13 +141,13 @@ impl PushEntry {
     }
 
     /// The tail's gather element and target.
-    pub(super) fn tail(
-        &self,
-        rail: usize,
-        remote_rail: u8,
-    ) -> Option<(u64, LocalKey, u32, (u64, RemoteKey))> {
-        let target = self.tail_targets.get(&remote_rail)?.first();
-        let (address, key) = self.tail_slot.local(rail)?;
+    pub(super) fn tail(&self, lane: &Lane) -> Option<(u64, LocalKey, u32, (u64, RemoteKey))> {
+        let target = match &self.windows {
+            Some(windows) => &windows.get(&(lane.rail, lane.id))?.tail,
+            None => self.tail_targets.get(&lane.remote_rail)?,
+        };
+        let target = target.first();
+        let (address, key) = self.tail_slot.local(lane.rail)?;
         Some((address, key, self.tail_bytes, target))
     }
 }
@@ -326,7 +344,7 @@ impl Core {
             // A part keeps to its lane, except when that is gone and its work has been moved.
             let lane = push.lane_of[part as usize].filter(|&lane| session.keeps(&self.rails, lane));
             let lane = lane.unwrap_or_else(|| {
-                let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+                let distance = |lane: &Lane| push.distance(lane);
                 session.choose(&self.rails, self.now, bytes, distance)
             });
             push.lane_of[part as usize] = Some(lane);
@@ -369,7 +387,7 @@ impl Core {
             return;
         };
         let (part, bytes) = (push.blocks_tail(), u64::from(push.tail_bytes));
-        let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+        let distance = |lane: &Lane| push.distance(lane);
         let lane = usize::from(session.choose(&self.rails, self.now, bytes, distance));
         let tail = Task::Tail {
             push: id,

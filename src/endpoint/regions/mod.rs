@@ -35,7 +35,7 @@ pub(crate) use self::{
     registry::Registry,
 };
 use crate::{
-    fabric::{Access, Device, LocalKey, MemoryKeys, RemoteKey},
+    fabric::{Access, Device, LocalKey, MemoryKeys, MrId, RemoteKey},
     memory::{Copier, Memory, Ticket},
 };
 
@@ -75,6 +75,13 @@ impl RailKeys {
     /// The keys for peers, one for each extent.
     pub(crate) fn remote(&self) -> Vec<RemoteKey> {
         self.keys.iter().map(|keys| keys.remote).collect()
+    }
+
+    /// What a window that begins at `offset` is bound into: the address there, and the registration. `None` if the rail
+    /// does not reach the region.
+    pub(crate) fn window(&self, offset: u64) -> Option<(u64, MrId)> {
+        let keys = self.keys.get(self.grid.index(offset))?;
+        Some((self.grid.address + offset, keys.mr))
     }
 
     /// The gather element's address and key for the byte at `offset`, and how many bytes on they are good for (never

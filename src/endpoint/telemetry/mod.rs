@@ -1,9 +1,9 @@
 //! What an operator can see of an endpoint: counters, a plain snapshot of them, and a flight recorder.
 //!
-//! Three ways to look, one source. The driver counts into [`meters`]: each count is an atomic of ours, for
+//! Three ways to look, one source. The driver counts into `meters`: each count is an atomic of ours, for
 //! [`Endpoint::stats`](super::Endpoint::stats), and a handle of the `metrics` facade, which does nothing unless the
 //! program has installed a recorder. Handles are made once for each peer, so counting is an addition for each batch of
-//! requests and never an allocation. [`recorder`] remembers the last changes of state; the part that concerns a failed
+//! requests and never an allocation. `recorder` remembers the last changes of state; the part that concerns a failed
 //! push or arrival travels with it.
 //!
 //! Names, types and labels of all metrics are in `docs/metrics.md`. No label and no event ever holds a secret: no nonce,

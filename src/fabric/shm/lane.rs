@@ -370,9 +370,10 @@ impl Lane {
         let (executed, credit) = (word(&words, Word::Executed), word(&words, Word::Credit));
         let news = self.requester.take_counters(executed, credit);
         moved |= news.ok_or(Fault::Fail(Failure::protocol()))?;
-        let mut changed = self.respond(common, &words)?;
+        moved |= self.respond(common, &words)?;
+        // Only what the peer may wait for: it is not woken for the progress of requests that it does not.
+        let mut changed = self.responder.take_awaited();
         changed |= self.take_reads(common, word(&words, Word::Answered))?;
-        moved |= changed;
         // What was answered, and what could not be published before, if the peer knows the files by now.
         if self.flush_notes()? {
             let answered = self.responder.answered();
@@ -386,6 +387,11 @@ impl Lane {
             self.wake_peer();
         }
         Ok(moved || changed)
+    }
+
+    /// Whether the peer can read this process's memory.
+    fn peer_reads_us(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.reads_us)
     }
 
     fn peer_words(&self) -> Option<Words> {
@@ -554,7 +560,7 @@ impl Lane {
         if !self.flush_notes()? {
             return Ok(false);
         }
-        let reads_us = self.link.as_ref().is_some_and(|link| link.reads_us);
+        let reads_us = self.peer_reads_us();
         let (hold, moved) = self.requester.publish(&self.outbox, reads_us);
         match hold {
             Hold::Receive => {
@@ -674,7 +680,10 @@ impl Lane {
             || !self.receives.imms.is_empty()
             || (failed && self.receives.posted > 0)
             || (self.phase == Phase::Live
-                && (self.readable || self.responder.is_busy() || self.reading.is_some()))
+                && (self.readable
+                    || self.responder.is_busy()
+                    || self.reading.is_some()
+                    || self.requester.is_doomed(self.peer_reads_us())))
     }
 
     /// Whether it has been idle for so long that it should not be looked at any more.

@@ -15,7 +15,7 @@ use super::{
     },
     memory::{InFile, Intent, MemoryView, Region, location},
     ring::{Descriptor, Outbox, Word},
-    wire::{MAX_READS, Op, pack},
+    wire::{MAX_READS, Op, SIGNALED, pack},
 };
 
 /// Why a lane failed: what its first unfinished request completes with.
@@ -260,10 +260,11 @@ impl Requester {
             }
         }
         let elements = if is_read { 0 } else { slot.elements };
+        let signaled = if request.signaled { SIGNALED } else { 0 };
         outbox.put_request(
             sequence,
             &Descriptor {
-                what: pack(op, request.inline, elements),
+                what: pack(op, request.inline, elements) | signaled,
                 address: request.remote_address,
                 key_length: u64::from(request.remote_key.0) << 32 | length,
             },
@@ -327,6 +328,13 @@ impl Requester {
             outbox.store(Word::Published, self.published);
         }
         (hold, moved)
+    }
+
+    /// Whether the next request can never go, and fails the lane once all before it have been executed.
+    pub(super) fn is_doomed(&self, peer_reads_process: bool) -> bool {
+        let next = self.slot(self.published);
+        self.published < self.posted
+            && next.is_some_and(|slot| slot.refused || (slot.in_process && !peer_reads_process))
     }
 
     /// Whether the peer has executed everything that was published.

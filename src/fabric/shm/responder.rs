@@ -23,13 +23,14 @@ use super::{
     requester::Failure,
     ring::{Outbox, PeerBox, Word},
     sys::Process,
-    wire::{Location, MAX_READS, Op, Refusal, unpack},
+    wire::{Location, MAX_READS, Op, Refusal, SIGNALED, unpack},
 };
 
 /// A write that is being copied. Its description has been read once; the slot is not looked at again.
 #[derive(Clone, Copy, Debug)]
 struct Current {
     imm: Option<u32>,
+    signaled: bool,
     key: u32,
     address: u64,
     length: u32,
@@ -63,6 +64,10 @@ pub(super) struct Responder {
     staged: Vec<Option<u32>>,
     /// How many of them there are.
     staged_imms: u32,
+    /// Whether the peer waits for one of them.
+    staged_signals: bool,
+    /// Whether something has been executed that the peer waits for, and it was not woken yet.
+    is_awaited: bool,
     reads: VecDeque<Serving>,
     answered: u64,
     /// Whether the next request is a write that waits for the reads before it.
@@ -100,6 +105,11 @@ impl Responder {
     /// Whether requests of the peer are unfinished, which is known without looking at its outbox.
     pub(super) fn is_busy(&self) -> bool {
         self.current.is_some()
+    }
+
+    /// Whether the peer should be woken, since it was asked last.
+    pub(super) fn take_awaited(&mut self) -> bool {
+        std::mem::take(&mut self.is_awaited)
     }
 
     /// How many reads have been answered. The peer may be told once it knows the files.
@@ -174,6 +184,7 @@ impl Responder {
         }
         if taken > finished {
             self.is_blocked = false;
+            self.is_awaited = true;
             around.outbox.store(Word::Executed, self.executed);
         }
         Ok(())
@@ -247,6 +258,7 @@ impl Responder {
         }
         self.current = Some(Current {
             imm,
+            signaled: request.what & SIGNALED != 0,
             key,
             address: request.address,
             length,
@@ -322,6 +334,7 @@ impl Responder {
             self.current = None;
             self.staged.push(current.imm);
             self.staged_imms += u32::from(current.imm.is_some());
+            self.staged_signals |= current.signaled;
             self.next += 1;
         } else {
             self.current = Some(current);
@@ -379,9 +392,11 @@ impl Responder {
                 self.executed += 1;
             }
             around.outbox.store(Word::Executed, self.executed);
+            self.is_awaited |= self.staged_signals;
         }
         self.staged.clear();
         self.staged_imms = 0;
+        self.staged_signals = false;
         if copied.is_err() {
             return Err(Fault::Refuse {
                 sequence: first + whole as u64,

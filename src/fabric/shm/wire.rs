@@ -245,6 +245,9 @@ pub(super) enum Op {
     Read,
 }
 
+/// Set in the first word of a slot: the requester waits for this request, so it is woken when it has been executed.
+pub(super) const SIGNALED: u64 = 2 << 8;
+
 /// Packs the first word of a slot.
 pub(super) fn pack(op: Op, inline: bool, elements: u32) -> u64 {
     let (code, imm) = match op {
@@ -264,7 +267,7 @@ pub(super) fn unpack(word: u64) -> Option<(Op, bool, usize)> {
         (3, 0) => Op::Read,
         _ => return None,
     };
-    let inline = match (word >> 8) as u8 {
+    let inline = match (word & !SIGNALED) >> 8 & 0xff {
         0 => false,
         1 => true,
         _ => return None,

@@ -30,6 +30,8 @@
 mod accept;
 mod context;
 mod device;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod greet;
 mod lane;
 mod receive;

@@ -22,6 +22,8 @@ mod doctor;
 mod error;
 mod events;
 mod facts;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod gid;
 mod host;
 mod inventory;

@@ -157,6 +157,7 @@ fn accept_size(pool: PoolDescriptor) -> usize {
             keys: Vec::new(),
             capacity: 5,
         },
+        windows: None,
         pool: Some(pool),
         landing: None,
     }));
@@ -219,6 +220,7 @@ fn a_layer_run_cannot_exceed_the_announced_layers() {
             keys: Vec::new(),
             capacity: 0,
         },
+        windows: None,
         pool: None,
         landing: None,
     }))

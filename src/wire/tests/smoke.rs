@@ -16,9 +16,10 @@ use crate::wire::*;
 type Target = (&'static str, fn(&[u8]), u32);
 
 /// Name, property and mutations of one run; a noise handshake costs about as much as fifty messages.
-const TARGETS: [Target; 3] = [
+const TARGETS: [Target; 4] = [
     ("grant", fuzzing::grant, 95_000),
     ("message", fuzzing::message, 95_000),
+    ("pool", fuzzing::pool, 20_000),
     ("channel", fuzzing::channel, 10_000),
 ];
 
@@ -61,6 +62,21 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             }
             assert_eq!(seeds.len(), 23, "every message");
             seeds.into_values().collect()
+        }
+        "pool" => {
+            let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[8; 32]);
+            let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+            let mut seeds = Vec::new();
+            while seeds.len() < 4 {
+                let pool = strategies::pool().new_tree(&mut runner).unwrap().current();
+                let mut writer = codec::Writer::new("pool");
+                pool.write(&mut writer).unwrap();
+                let bytes = writer.finish();
+                if bytes.len() < 2000 {
+                    seeds.push(bytes);
+                }
+            }
+            seeds
         }
         "channel" => {
             let mut plain = Channel::initiator(&Auth::insecure_plaintext()).unwrap();

@@ -113,7 +113,7 @@ fn region_keys() -> impl Strategy<Value = Vec<RegionKey>> {
     vec(key, 0..=16)
 }
 
-fn pool() -> impl Strategy<Value = PoolDescriptor> {
+pub(in crate::wire) fn pool() -> impl Strategy<Value = PoolDescriptor> {
     let region =
         (any::<u64>(), region_keys()).prop_map(|(length, keys)| RegionDescriptor { length, keys });
     let distances = vec(any::<u8>(), 0..=16);
@@ -217,6 +217,17 @@ fn open() -> impl Strategy<Value = Message> {
         )
 }
 
+fn windows() -> impl Strategy<Value = GrantWindows> {
+    let range = any::<(u16, u64, u64)>().prop_map(|(region, offset, length)| WindowRange {
+        region,
+        offset,
+        length,
+    });
+    let lane = (rkey(), vec((any::<u64>(), rkey()), 0..8))
+        .prop_map(|(tail, keys)| LaneWindows { tail, keys });
+    (vec(range, 0..8), vec(lane, 0..8)).prop_map(|(ranges, lanes)| GrantWindows { ranges, lanes })
+}
+
 fn accept() -> impl Strategy<Value = Message> {
     let tail = (
         any::<u64>(),
@@ -233,15 +244,17 @@ fn accept() -> impl Strategy<Value = Message> {
         any::<u16>(),
         any::<u64>(),
         tail,
+        option::of(windows()),
         option::of(pool()),
         option::of(pool()),
     )
-        .prop_map(|(push, slot, remaining_ns, tail, pool, landing)| {
+        .prop_map(|(push, slot, remaining_ns, tail, windows, pool, landing)| {
             Message::Accept(Box::new(Accept {
                 push,
                 slot,
                 remaining_ns,
                 tail,
+                windows,
                 pool,
                 landing,
             }))

@@ -121,7 +121,7 @@ impl Core {
                     // An earlier task of the part may have been moved already.
                     let moved = moved.filter(|&lane| usize::from(lane) != from);
                     let lane = moved.unwrap_or_else(|| {
-                        let distance = |lane: &Lane| push.distance(lane.rail, lane.remote_rail);
+                        let distance = |lane: &Lane| push.distance(lane);
                         let lane = session.choose(rails, now, bytes, distance);
                         let works = session.lanes[usize::from(lane)].works(rails);
                         // Those that work may all be far from this push's memory.

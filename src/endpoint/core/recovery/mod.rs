@@ -38,12 +38,16 @@ impl Core {
         let Some(session) = self.sessions.get_mut(&conn) else {
             return;
         };
-        if session.phase != Phase::Ready {
+        let ready = session.phase == Phase::Ready;
+        if !ready || self.relies_on_windows(conn) {
             // There is nothing to recover, and the next attempt begins with a new offer.
             let detail = error.to_string();
             self.end_session(conn, error, Some((GoodbyeCode::Error, &detail)));
             return;
         }
+        let Some(session) = self.sessions.get_mut(&conn) else {
+            return;
+        };
         match session.role {
             Role::Dialler => self.writer_lost(conn, index, error),
             Role::Acceptor => {

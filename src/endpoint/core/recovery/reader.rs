@@ -142,6 +142,14 @@ impl Core {
                 return;
             }
         }
+        if self.relies_on_windows(conn) {
+            let error = PeerError::Protocol {
+                peer: self.peer_name(conn),
+                detail: "a lane ended under windows".to_owned(),
+            };
+            self.end_session(conn, error, Some((GoodbyeCode::Error, "a lane has ended")));
+            return;
+        }
         let Some(counted) = self.counted(conn, &down.unacknowledged) else {
             self.violation(conn, "a part beyond those of the grant");
             return;

@@ -296,7 +296,7 @@ impl Core {
         let stranded = lane.queue.iter().any(|task| match task.owner() {
             Owner::Push(id) | Owner::Staged { push: id, .. } => {
                 let push = self.pushes.get(&id);
-                push.is_some_and(|push| push.distance(rail, renewed.rail).is_none())
+                push.is_some_and(|push| push.rail_distance(rail, renewed.rail).is_none())
             }
             Owner::Access(_) => false,
         });

@@ -14,10 +14,11 @@ use crate::{
     fabric::{Access, FabricKind, LaneAddress, RemoteKey},
     kv::{Dtype, HeadRange, KvLayout, presets::KvShape},
     wire::{
-        Accept, Cancel, Credits, Digest, Goodbye, GoodbyeCode, GrantId, Hello, HelloAck,
-        HelloReject, Incarnation, LaneAnswer, LaneOffer, Message, Open, OpenRegion, PoolDescriptor,
-        PoolId, RailOffer, Refuse, RefuseCode, RegionAccept, RegionDescriptor, RegionKey,
-        RegionRefuse, RegionToken, RejectCode, Revoke, RevokeReason, TailTarget,
+        Accept, Cancel, Credits, Digest, Goodbye, GoodbyeCode, GrantId, GrantWindows, Hello,
+        HelloAck, HelloReject, Incarnation, LaneAnswer, LaneOffer, LaneWindows, Message, Open,
+        OpenRegion, PoolDescriptor, PoolId, RailOffer, Refuse, RefuseCode, RegionAccept,
+        RegionDescriptor, RegionKey, RegionRefuse, RegionToken, RejectCode, Revoke, RevokeReason,
+        TailTarget, WindowRange,
     },
 };
 
@@ -153,6 +154,17 @@ impl Speaker {
                 }),
                 capacity: self.number() as u32,
             },
+            windows: self.random.chance(300).then(|| GrantWindows {
+                ranges: self.list(4, |s| WindowRange {
+                    region: s.random.below(3) as u16,
+                    offset: s.number(),
+                    length: s.number(),
+                }),
+                lanes: self.list(3, |s| LaneWindows {
+                    tail: RemoteKey(s.number() as u32),
+                    keys: s.list(4, |s| (s.number(), RemoteKey(s.number() as u32))),
+                }),
+            }),
             pool: self.random.chance(600).then(|| self.pool()),
             landing: self.random.chance(200).then(|| self.pool()),
         }))

@@ -388,6 +388,7 @@ fn an_answer_to_an_offer_of_no_lanes_is_a_violation() {
                     keys: vec![],
                     capacity: 1016,
                 },
+                windows: None,
                 pool: Some(PoolDescriptor {
                     pool: crate::wire::PoolId(1),
                     layout: layout.clone(),

@@ -1,7 +1,12 @@
 //! Lanes that fail in the middle of a push: it completes, byte for byte, and nothing is counted or written twice that
 //! must not be.
 
-use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use super::world::World;
 use crate::{
@@ -33,7 +38,7 @@ pub(super) struct Pair {
     pub(super) source: Pool,
     pub(super) pool: Pool,
     from: Vec<Arc<HostMemory>>,
-    to: Vec<Arc<HostMemory>>,
+    pub(super) to: Vec<Arc<HostMemory>>,
 }
 
 impl Pair {
@@ -71,6 +76,14 @@ impl Pair {
         self.run(1);
         assert_eq!(push.poll_opened(), Some(Ok(())));
         (arrival, push)
+    }
+
+    /// Has all lanes of a node's rail fail, as by a fault of the device.
+    pub(super) fn fail_lanes(&self, node: usize, rail: usize) {
+        let device = World::rail_name(node, rail);
+        for lane in self.world.net.lanes_of(&device) {
+            assert!(self.world.net.fail_lane(&device, lane));
+        }
     }
 
     pub(super) fn push_all(&mut self, push: &Push) {
@@ -115,6 +128,15 @@ impl Pair {
         for (from, to) in self.from.iter().zip(&self.to) {
             assert!(contents(from) == contents(to), "other bytes");
         }
+    }
+
+    /// State and epoch of a node's first lane.
+    pub(super) fn first_lane(&self, node: usize) -> (String, u32) {
+        let session = self.world.nodes[node].core.sessions.values().next();
+        let lane = &session.expect("a session").lanes[0];
+        let state = format!("{:?}", lane.state);
+        let word = state.split([' ', '(']).next().unwrap_or_default();
+        (word.to_owned(), lane.epoch)
     }
 
     pub(super) fn freeze(&self) -> Vec<Vec<u8>> {
@@ -170,7 +192,7 @@ impl Pair {
     }
 }
 
-fn contents(memory: &HostMemory) -> Vec<u8> {
+pub(super) fn contents(memory: &HostMemory) -> Vec<u8> {
     let mut bytes = vec![0; crate::memory::Memory::length(memory) as usize];
     memory.read(0, &mut bytes).unwrap();
     bytes
@@ -182,6 +204,25 @@ pub(super) fn config() -> Config {
         receive_depth: 8,
         ..Config::default()
     }
+}
+
+pub(super) fn one_lane() -> Config {
+    Config {
+        lanes_per_rail: 1,
+        ..config()
+    }
+}
+
+/// Keeps all messages, with the node that sent them.
+pub(super) fn log_messages(world: &mut World) -> Rc<RefCell<Vec<(usize, Message)>>> {
+    let log = Rc::new(RefCell::new(Vec::new()));
+    let kept = Rc::clone(&log);
+    world.tamper = Some(Box::new(move |from, bytes| {
+        let message = Message::decode(&bytes).unwrap();
+        kept.borrow_mut().push((from, message));
+        vec![bytes]
+    }));
+    log
 }
 
 /// Counts messages of one name as they pass.

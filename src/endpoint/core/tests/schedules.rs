@@ -10,7 +10,10 @@ use std::{
 
 use super::world::World;
 use crate::{
-    endpoint::{Arrival, Pool, Push, PushError, config::Config},
+    endpoint::{
+        Arrival, Pool, Push, PushError,
+        config::{Config, Protection},
+    },
     kv::{Dtype, HeadRange, KvLayout, presets::KvShape},
     memory::{HostMemory, testing::Device},
 };
@@ -44,6 +47,9 @@ fn config(random: u64) -> Config {
         open_timeout: Duration::from_millis(20),
         drain_timeout: Duration::from_millis(5),
         revoke_grace: Duration::from_millis(3),
+        protection: [Protection::Region, Protection::Auto, Protection::Window]
+            [(random % 3) as usize],
+        max_windows: 1 + (random / 3 % 20) as u32,
         ..Config::default()
     }
 }
@@ -295,6 +301,11 @@ impl Run {
                 "seed {seed}: pages stay reserved"
             );
         }
+        assert_eq!(
+            world.windows(),
+            0,
+            "seed {seed}: windows of grants that have ended"
+        );
     }
 }
 

@@ -20,15 +20,25 @@ use crate::{
     kv::{Dtype, HeadRange, presets::KvShape},
 };
 
-/// A context that is asked to destroy lanes in vain while `refuses` says so.
+/// A context that is asked to destroy lanes in vain while `refuses` says so, and that shows no completion from when
+/// `late` is set until a lane is fenced: as if all that happens had happened between the last poll and the fence.
 pub(super) struct Guarded {
     inner: Box<dyn Context>,
     refuses: Arc<AtomicBool>,
+    late: Arc<AtomicBool>,
 }
 
 impl Guarded {
-    pub(super) fn new(inner: Box<dyn Context>, refuses: Arc<AtomicBool>) -> Self {
-        Self { inner, refuses }
+    pub(super) fn new(
+        inner: Box<dyn Context>,
+        refuses: Arc<AtomicBool>,
+        late: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            inner,
+            refuses,
+            late,
+        }
     }
 }
 
@@ -79,7 +89,10 @@ impl Context for Guarded {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
-        self.inner.poll(out)
+        match self.late.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => self.inner.poll(out),
+        }
     }
 
     fn events(&mut self, out: &mut Vec<RailEvent>) {
@@ -95,6 +108,7 @@ impl Context for Guarded {
     }
 
     fn fence_lane(&mut self, lane: LaneId) -> Result<(), FabricError> {
+        self.late.store(false, Ordering::Relaxed);
         self.inner.fence_lane(lane)
     }
 

@@ -84,6 +84,8 @@ pub(super) struct Node {
     requests: Requests,
     /// For each rail: whether its device refuses to destroy lanes.
     pub(super) unfenceable: Vec<Arc<AtomicBool>>,
+    /// For each rail: whether what completes is seen only when a lane is fenced.
+    pub(super) late: Vec<Arc<AtomicBool>>,
     /// The device in whose memory its pools are; if none, they are in host memory.
     pub(super) far: Option<Arc<FarDevice>>,
     /// Whether it takes part: a stopped node neither acts nor answers, while its device goes on.
@@ -156,13 +158,22 @@ impl World {
 
     /// One node with so many rails for each element of `rails`.
     pub(super) fn with_rails(seed: u64, rails: &[usize], config: &Config) -> Self {
-        Self::on(SimConfig::seeded(seed), rails, config)
+        let mut settings = SimConfig::seeded(seed);
+        if let (0, Some(windows)) = (seed % 4, &mut settings.caps.windows) {
+            // So few that grants go without.
+            windows.max = 20;
+        }
+        Self::on(settings, rails, config)
     }
 
     /// The same on a net that is not the default one.
     pub(super) fn on(net: SimConfig, rails: &[usize], config: &Config) -> Self {
         let seed = net.seed;
-        let net = SimNet::new(net);
+        Self::over(SimNet::new(net), seed, rails, config)
+    }
+
+    /// The same on a net that may have devices of those names already.
+    pub(super) fn over(net: SimNet, seed: u64, rails: &[usize], config: &Config) -> Self {
         let nodes = rails
             .iter()
             .enumerate()
@@ -186,6 +197,14 @@ impl World {
             config: config.clone(),
             seed,
         }
+    }
+
+    /// Memory windows that there are, on any device.
+    pub(super) fn windows(&self) -> u32 {
+        let devices = self.nodes.iter().flat_map(|node| &node.shared.devices);
+        devices
+            .map(|device| self.net.windows(&device.info().name))
+            .sum()
     }
 
     /// A hash of all that has happened so far, on the fabric and on control connections: equal for equal runs.
@@ -436,9 +455,13 @@ impl Node {
         let unfenceable: Vec<_> = (0..rails)
             .map(|_| Arc::new(AtomicBool::new(false)))
             .collect();
-        let open = devices.iter().zip(&unfenceable).map(|(device, refuses)| {
+        let late: Vec<_> = (0..rails)
+            .map(|_| Arc::new(AtomicBool::new(false)))
+            .collect();
+        let flags = unfenceable.iter().zip(&late);
+        let open = devices.iter().zip(flags).map(|(device, (refuses, late))| {
             let context = Arc::clone(device).open_context(depth).unwrap();
-            let context = Guarded::new(context, Arc::clone(refuses));
+            let context = Guarded::new(context, Arc::clone(refuses), Arc::clone(late));
             let context: Box<dyn Context> = Box::new(context);
             (Arc::clone(device), context, depth)
         });
@@ -475,6 +498,7 @@ impl Node {
             commands: inbox,
             requests,
             unfenceable,
+            late,
             far: None,
             running: true,
             pace: 0,

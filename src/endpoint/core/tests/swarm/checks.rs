@@ -5,7 +5,7 @@
 //! | 1 | `one_terminal_state`, `nothing_outlives_its_deadline`, `check_all_ended` |
 //! | 2 | `completed_means_whole`, `layers_are_whole` |
 //! | 3 | `no_late_write`, `pages_are_held_until_the_end` |
-//! | 4 | `stale_grants_never_open`, `what_nobody_granted_is_untouched` |
+//! | 4 | `strays_end`, `what_nobody_granted_is_untouched` |
 //! | 5 | `nothing_overflows` |
 //! | 6 | `nobody_reaches_too_far` |
 //! | 9 | `nobody_is_accused` (the simulated fabric puts garbage into what is not valid) |

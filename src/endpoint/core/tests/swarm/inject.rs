@@ -48,6 +48,22 @@ impl Users {
                     && alive
                     && world.net.kill_device(&World::rail_name(node, rail));
             }
+            Fault::PortDown => {
+                let device = World::rail_name(node, rail);
+                if !alive || !world.net.set_port(&device, false) {
+                    return false;
+                }
+                self.ports_down.push(device);
+            }
+            Fault::PortUp => return self.port_up(world),
+            Fault::AddressChange => {
+                return alive && world.net.change_address(&World::rail_name(node, rail));
+            }
+            Fault::LostAnswers => {
+                let device = World::rail_name(node, rail);
+                world.net.lose_answers(&device, true);
+                self.mute.push(device);
+            }
             Fault::Stop => {
                 world.nodes[node].running = false;
                 self.late_until[node] = u64::MAX;
@@ -124,6 +140,19 @@ impl Users {
         let which = world.random.below(lanes.len() as u64) as usize;
         let lane = lanes.get(which);
         lane.is_some_and(|&lane| world.net.fail_lane(&device, lane))
+    }
+
+    fn port_up(&mut self, world: &mut World) -> bool {
+        let which = world.random.below(self.ports_down.len() as u64) as usize;
+        let Some(device) = self.ports_down.get(which) else {
+            return false;
+        };
+        // Of a node that is dead it stays down.
+        let up = world.net.set_port(device, true);
+        if up {
+            self.ports_down.swap_remove(which);
+        }
+        up
     }
 
     fn link_down(&mut self, world: &mut World, node: usize, rail: usize) -> bool {
@@ -227,6 +256,11 @@ impl Users {
         world.control_delay = 200_000;
         for (here, there) in self.links_down.drain(..) {
             world.net.partition(&here, &there, false);
+        }
+        self.ports_down
+            .retain(|device| !world.net.set_port(device, true));
+        for device in self.mute.drain(..) {
+            world.net.lose_answers(&device, false);
         }
         for (node, late_until) in world.nodes.iter_mut().zip(&mut self.late_until) {
             node.running = true;

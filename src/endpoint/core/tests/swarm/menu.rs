@@ -43,6 +43,14 @@ named! {
         LinkDown = "link-down",
         /// A rail is gone for good, the node's others are not.
         RailLoss = "rail-loss",
+        /// A port goes down.
+        PortDown = "port-down",
+        /// One that is down comes back.
+        PortUp = "port-up",
+        /// A port gets another address.
+        AddressChange = "address-change",
+        /// What a device acknowledges is lost; what it sends otherwise is not.
+        LostAnswers = "lost-answers",
         /// A node does not run, as after `SIGSTOP`; its devices do.
         Stop = "stop",
         /// A node acts late and seldom.
@@ -109,6 +117,10 @@ impl Menu {
         let dies = |&(fault, _): &(Fault, u64)| matches!(fault, Fault::Kill | Fault::SilentDeath);
         if weights.iter().any(dies) && weights.iter().all(|(fault, _)| *fault != Fault::Restart) {
             weights.push((Fault::Restart, 1 + random.below(8)));
+        }
+        let goes = |&(fault, _): &(Fault, u64)| fault == Fault::PortDown;
+        if weights.iter().any(goes) && weights.iter().all(|(fault, _)| *fault != Fault::PortUp) {
+            weights.push((Fault::PortUp, 1 + random.below(8)));
         }
         let total = weights.iter().map(|(_, weight)| weight).sum();
         let rate = [0, 30, 100, 100, 250, 400][random.below(6) as usize];

@@ -232,6 +232,10 @@ pub(super) struct Users {
     pub(super) late_until: Vec<u64>,
     /// Pairs of rails that are cut.
     pub(super) links_down: Vec<(String, String)>,
+    /// Rails whose port is down.
+    pub(super) ports_down: Vec<String>,
+    /// Rails whose acknowledgements are lost.
+    pub(super) mute: Vec<String>,
     /// Bytes placed when memory was last looked at.
     pub(super) looked_at: Option<u64>,
 }
@@ -263,6 +267,8 @@ impl Run {
             strays: Vec::new(),
             late_until: vec![0; nodes],
             links_down: Vec::new(),
+            ports_down: Vec::new(),
+            mute: Vec::new(),
             looked_at: None,
         };
         if several {
