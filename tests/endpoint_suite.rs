@@ -97,6 +97,7 @@ macro_rules! all_cases {
             staging::a_layer_is_ready_when_it_has_been_copied,
             staging::revoked_while_it_is_copied,
             staging::a_device_that_fails_ends_both_sides,
+            staging::copies_that_never_end_hold_up_nobody,
             staging::a_full_arena_makes_grants_wait,
             staging::what_cannot_be_staged_is_refused,
             vanish::a_peer_vanishes,

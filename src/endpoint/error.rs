@@ -243,6 +243,22 @@ impl StagingError {
     }
 }
 
+/// A device has not ended a copy between its memory and the host's. Nobody can make it, so the memory it may still touch
+/// stays registered and reserved for the life of the process. No copies are started after it until it has ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "staging: a copy of {kind:?} memory{} has not ended within {waited:?}",
+    device.map_or_else(String::new, |device| format!(" of device {device}"))
+)]
+pub struct StuckCopy {
+    /// What the memory is.
+    pub kind: MemoryKind,
+    /// The device.
+    pub device: Option<PciAddress>,
+    /// How long it was waited for after the end.
+    pub waited: Duration,
+}
+
 /// Why the peer is not reachable, or not any more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -404,7 +420,7 @@ impl PeerError {
 }
 
 /// Why a push did not go on. Whichever it is, nothing of the push is in flight any more when it is reported by
-/// `finish`, so the source pages may be reused; [`PushError::Unfenced`] is the one exception.
+/// `finish`, so the source pages may be reused; [`PushError::Unfenced`] and [`PushError::Stuck`] are the exceptions.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PushError {
@@ -431,10 +447,14 @@ pub enum PushError {
     /// This side cancelled it.
     #[error("cancelled")]
     Cancelled,
-    /// Its lanes could not be fenced, so a device may still read: the one error after which the source pages must not
-    /// change. They stay registered.
+    /// Its lanes could not be fenced, so a device may still read: the source pages must not change any more. They stay
+    /// registered.
     #[error("lanes could not be fenced, the source pages must not be used again: {0}")]
     Unfenced(Box<FabricError>),
+    /// A device may still copy from the source pages to staging memory: they must not change any more. They stay
+    /// registered.
+    #[error("the source pages must not be used again: {0}")]
+    Stuck(StuckCopy),
     /// The device did not copy the source pages to staging memory.
     #[error(transparent)]
     Staging(#[from] StagingError),
@@ -468,6 +488,7 @@ impl PushError {
             | Self::Mismatch(_)
             | Self::Cancelled
             | Self::Unfenced(_)
+            | Self::Stuck(_)
             | Self::NoLane { .. } => false,
         }
     }
@@ -540,7 +561,7 @@ pub enum PushInputError {
 }
 
 /// Why an arrival did not complete. When it is reported, no write of the grant can land any more, so the pages may be
-/// reused; [`ArrivalError::Unfenced`] is the one exception.
+/// reused; [`ArrivalError::Unfenced`] and [`ArrivalError::Stuck`] are the exceptions.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArrivalError {
@@ -564,10 +585,13 @@ pub enum ArrivalError {
     /// The writer is lost.
     #[error(transparent)]
     Peer(#[from] PeerError),
-    /// The lanes of the writer could not be fenced, so its writes may still land: the one error after which the pages
-    /// must not be used. They stay reserved.
+    /// The lanes of the writer could not be fenced, so its writes may still land: the pages must not be used any more.
+    /// They stay reserved.
     #[error("the writer's lanes could not be fenced, its pages must not be used again: {0}")]
     Unfenced(Box<FabricError>),
+    /// A device may still copy from staging memory to the pages: they must not be used any more. They stay reserved.
+    #[error("its pages must not be used again: {0}")]
+    Stuck(StuckCopy),
     /// The bytes are there, but the device whose memory they are in did not make them visible to its kernels.
     #[error(transparent)]
     Flush(#[from] FlushError),
@@ -589,7 +613,7 @@ impl ArrivalError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Expired { .. } | Self::Abandoned { .. } => true,
-            Self::Revoked | Self::Unfenced(_) | Self::NoSuchLayer { .. } => false,
+            Self::Revoked | Self::Unfenced(_) | Self::Stuck(_) | Self::NoSuchLayer { .. } => false,
             Self::Peer(error) => error.is_retryable(),
             Self::Flush(error) => error.is_retryable(),
             Self::Staging(error) => error.is_retryable(),

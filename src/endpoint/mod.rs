@@ -45,7 +45,7 @@ pub use self::{
     drain::{DrainCount, DrainReport},
     error::{
         AccessError, ArrivalError, EndpointError, FlushError, IssueError, PeerError, PushError,
-        PushInputError, StagingError,
+        PushInputError, StagingError, StuckCopy,
     },
     export::{LocalRegion, RemoteRegion},
     pool::{GrantOptions, Pool, PoolInUse, PoolOptions},
@@ -160,7 +160,10 @@ impl Endpoint {
     /// What exists and what has happened so far, without a metrics recorder. Waits for nobody; the last word after the
     /// endpoint has been shut down, too.
     pub fn stats(&self) -> Stats {
-        self.shared().telemetry.stats()
+        Stats {
+            staging: self.staging(),
+            ..self.shared().telemetry.stats()
+        }
     }
 
     /// The last changes of state of sessions, pushes and arrivals, at most 1024.

@@ -207,6 +207,104 @@ pub(crate) fn revoked_while_it_is_copied(fabric: &Fabric) {
     assert_eq!(destination.pool.granted_pages(), 0);
 }
 
+pub(crate) fn copies_that_never_end_hold_up_nobody(fabric: &Fabric) {
+    let grace = Duration::from_millis(20);
+    let bound = |name| {
+        let builder = fabric.builder(name).drain_timeout(grace);
+        bind(builder.revoke_grace(grace))
+    };
+    let (prefill, decode) = (fabric.endpoint("prefill"), bound("decode"));
+    let layout = plain(2, 8);
+    let source = Cache::filled(&prefill, &layout, 5);
+    let gpu = device(0);
+    let destination = far(&decode, &layout, &gpu, None);
+    gpu.hold.store(true, SeqCst);
+    let arrival = destination.pool.grant("stuck", &[1, 2], LONG).unwrap();
+    let writer = prefill
+        .push_blocking(&source.pool, arrival.grant().clone(), LONG)
+        .expect("open");
+    writer.layer(0, &[3, 4]).unwrap();
+    soon("copies begin", || gpu.under_way.load(SeqCst) > 0);
+    arrival.revoke_blocking(LONG).expect("no hang");
+    let end = arrival.poll_complete().expect("ended").expect_err("stuck");
+    let ArrivalError::Stuck(stuck) = &end else {
+        panic!("{end:?}");
+    };
+    assert_eq!(stuck.device, "0000:7e:00.0".parse().ok());
+    let text = end.to_string();
+    assert!(
+        text.contains("0000:7e:00.0") && !end.is_retryable(),
+        "{text}"
+    );
+    drop(arrival);
+    // What the device may still write to is never granted again.
+    let again = destination.pool.grant("again", &[2], LONG).err();
+    assert_eq!(again, Some(IssueError::PageBusy { page: 2 }));
+    assert_eq!(destination.pool.granted_pages(), 2);
+    let kept = decode.registrations();
+    drop(destination.pool);
+    assert!(kept > 0 && decode.registrations() == kept);
+
+    // A writer's source pages. Its peer need not wait for that.
+    let (prefill, decode) = (bound("stuck"), fabric.endpoint("patient"));
+    let ours = device(0);
+    let source = far(&prefill, &layout, &ours, Some(6));
+    let destination = Cache::poisoned(&decode, &layout);
+    ours.hold.store(true, SeqCst);
+    let arrival = destination.pool.grant("stuck", &[1, 2], LONG).unwrap();
+    let writer = prefill
+        .push_blocking(&source.pool, arrival.grant().clone(), LONG)
+        .expect("open");
+    writer.layer(0, &[3, 4]).unwrap();
+    soon("copies begin", || ours.under_way.load(SeqCst) > 0);
+    let started = ours.under_way.load(SeqCst);
+    writer.start_cancel();
+    let end = writer
+        .ended_blocking(LONG)
+        .expect("no hang")
+        .expect_err("stuck");
+    assert!(matches!(end, PushError::Stuck(_)), "{end:?}");
+    let arrived = arrival.complete_blocking(LONG).expect("no hang");
+    assert!(
+        matches!(arrived, Err(ArrivalError::Abandoned { .. })),
+        "{arrived:?}"
+    );
+    // No more is started behind that copy, until it ends.
+    let next = destination.pool.grant("next", &[5], LONG).unwrap();
+    let writer = prefill
+        .push_blocking(&source.pool, next.grant().clone(), LONG)
+        .expect("open");
+    writer.layer(0, &[3]).unwrap();
+    let end = writer
+        .ended_blocking(LONG)
+        .expect("no hang")
+        .expect_err("behind");
+    assert!(matches!(end, PushError::Staging(_)), "{end:?}");
+    assert_eq!(ours.under_way.load(SeqCst), started);
+    ours.hold.store(false, SeqCst);
+    let again = destination.pool.grant("mended", &[6, 7], LONG).unwrap();
+    push(&prefill, &source, &again, &[3, 4], b"");
+    again
+        .complete_blocking(LONG)
+        .expect("no hang")
+        .expect("complete");
+
+    // One more never ends, and the endpoint does.
+    ours.hold.store(true, SeqCst);
+    let arrival = destination.pool.grant("last", &[1, 2], LONG).unwrap();
+    let writer = prefill
+        .push_blocking(&source.pool, arrival.grant().clone(), LONG)
+        .expect("open");
+    writer.layer(0, &[3, 4]).unwrap();
+    soon("copies begin", || ours.under_way.load(SeqCst) > 0);
+    prefill.shutdown();
+    let end = writer
+        .ended_blocking(LONG)
+        .expect("no hang")
+        .expect_err("stuck");
+    assert!(matches!(end, PushError::Stuck(_)), "{end:?}");
+}
+
 pub(crate) fn a_device_that_fails_ends_both_sides(fabric: &Fabric) {
     let (prefill, decode) = fabric.pair();
     let layout = plain(2, 8);

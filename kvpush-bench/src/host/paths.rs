@@ -1,12 +1,14 @@
-//! `kvpush-bench devices`: how each rail would reach each kind of memory, found out by trying. A small piece of each is
-//! registered with an endpoint that nobody is told of, and given back at once.
+//! `kvpush-bench devices`: how each rail would reach each kind of memory, found out by trying. A small pool in each is
+//! registered with an endpoint that nobody is told of, and given back at once. A pool, because pools may be staged: so a
+//! rail that refuses the memory has a path as well, and does not hide those of the others.
 
 use std::time::Duration;
 
 use kvpush::{
     Auth, Endpoint,
     endpoint::RegionPaths,
-    fabric::{Access, verbs::VerbsConfig},
+    fabric::verbs::VerbsConfig,
+    kv::{Dtype, HeadRange, KvLayout, presets::KvShape, region_lengths},
 };
 use serde_json::{Value, json};
 
@@ -14,11 +16,13 @@ use super::devices::table;
 use crate::{
     cli::{MemoryChoice, MemoryKind},
     content::Block,
-    error::{Context, Result},
+    error::{Context, Error, Result},
 };
 
-/// Bytes of each piece: more than one page, of GPUs too.
-const LENGTH: u64 = 128 << 10;
+/// Pages of each pool: 128 KiB, more than one page of memory, of GPUs too.
+const PAGES: u32 = 32;
+/// For all pools.
+const STAGING: u64 = 2 << 20;
 
 /// One kind of memory and its ways, or why it cannot be had or reached.
 pub(super) struct Tried {
@@ -34,6 +38,7 @@ pub(super) fn try_all([hip, cuda]: [Vec<u32>; 2]) -> Result<Vec<Tried>> {
         .auth(Auth::insecure_plaintext())
         .open_timeout(Duration::from_secs(1))
         .max_transfers(1)
+        .staging_memory(STAGING)
         .verbs(VerbsConfig::default())
         .bind("127.0.0.1:0")
         .context("open the rails")?;
@@ -55,9 +60,30 @@ pub(super) fn try_all([hip, cuda]: [Vec<u32>; 2]) -> Result<Vec<Tried>> {
 }
 
 fn paths(endpoint: &Endpoint, memory: MemoryChoice) -> Result<RegionPaths> {
-    let block = Block::allocate(memory, LENGTH)?;
-    let region = endpoint.register(block.memory(), Access::REMOTE_WRITE);
-    Ok(region.context("register")?.paths())
+    let layout = layout()?;
+    let lengths = region_lengths(&layout).context("lay out a pool")?;
+    let blocks = lengths
+        .into_iter()
+        .map(|length| Block::allocate(memory, length))
+        .collect::<Result<Vec<_>, _>>()?;
+    let regions = blocks.iter().map(Block::memory).collect();
+    let pool = endpoint
+        .register_pool(layout, regions)
+        .context("register")?;
+    let paths = pool.paths().into_iter().next();
+    paths.ok_or_else(|| Error::failed("register: the pool has no region"))
+}
+
+/// One region of a size that every kind of memory can have.
+fn layout() -> Result<KvLayout> {
+    let shape = KvShape {
+        layers: 1,
+        tokens_per_page: 16,
+        heads: HeadRange::new(0, 1),
+        head_dim: 64,
+        dtype: Dtype::Bf16,
+    };
+    shape.vllm_flash(PAGES).context("lay out a pool")
 }
 
 /// For people.

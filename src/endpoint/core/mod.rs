@@ -276,8 +276,8 @@ impl Core {
             );
         }
         self.close_arrivals();
-        self.end_staging();
         self.close_pushes();
+        self.end_staging();
         self.close_accesses();
         self.close_drain();
         self.tell_levels();

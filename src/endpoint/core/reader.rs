@@ -585,7 +585,7 @@ impl Core {
         }
     }
 
-    /// An arrival is over, and nothing touches its pages any more.
+    /// An arrival is over, and nothing touches its pages any more, except as its end says.
     pub(super) fn end_arrival(&mut self, slot: u32, end: ArrivalEnd<ArrivalError>) {
         let Some(arrival) = self.arrivals.get(&slot) else {
             return;
@@ -617,11 +617,14 @@ impl Core {
                 self.send(conn, &Message::Done { push });
             }
         }
-        // The pages are free before anyone is told, so that a caller who waits for the end can grant them.
-        arrival
-            .pool
-            .record
-            .release(arrival.grant.pages(), arrival.grant.heads());
+        // The pages are free before anyone is told, so that a caller who waits for the end can grant them. Those that a
+        // device may still write to are never free again.
+        if !matches!(result, Err(ArrivalError::Stuck(_))) {
+            arrival
+                .pool
+                .record
+                .release(arrival.grant.pages(), arrival.grant.heads());
+        }
         let trace = self.tell_arrival_end(&arrival, result.as_ref().map(|&()| ()));
         arrival.shared.end(result, trace);
     }
@@ -663,6 +666,7 @@ impl Core {
                 self.arrival_action(*slot, action);
                 continue;
             };
+            self.bound_landings(Some(*slot));
             let Some(arrival) = self.arrivals.remove(slot) else {
                 continue;
             };

@@ -462,7 +462,7 @@ impl Core {
         });
         let peer = meters.name();
         match (result, &trace) {
-            (Err(error @ ArrivalError::Unfenced(_)), Some(trace)) => {
+            (Err(error @ (ArrivalError::Unfenced(_) | ArrivalError::Stuck(_))), Some(trace)) => {
                 let trace = Tail(Arc::clone(trace));
                 tracing::error!(peer, push, slot, generation, %error, %trace, "arrival unfenced");
             }
@@ -501,7 +501,7 @@ fn push_outcome(result: Result<(), &PushError>) -> Outcome {
         Err(PushError::Revoked(_)) => Outcome::Revoked,
         Err(PushError::Expired) => Outcome::Expired,
         Err(PushError::Refused { .. }) => Outcome::Refused,
-        Err(PushError::Unfenced(_)) => Outcome::Unfenced,
+        Err(PushError::Unfenced(_) | PushError::Stuck(_)) => Outcome::Unfenced,
         Err(_) => Outcome::Failed,
     }
 }
@@ -512,7 +512,7 @@ fn arrival_outcome(result: Result<(), &ArrivalError>) -> Outcome {
         Err(ArrivalError::Abandoned { .. }) => Outcome::Cancelled,
         Err(ArrivalError::Revoked) => Outcome::Revoked,
         Err(ArrivalError::Expired { .. }) => Outcome::Expired,
-        Err(ArrivalError::Unfenced(_)) => Outcome::Unfenced,
+        Err(ArrivalError::Unfenced(_) | ArrivalError::Stuck(_)) => Outcome::Unfenced,
         Err(_) => Outcome::Failed,
     }
 }

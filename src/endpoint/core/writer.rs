@@ -451,37 +451,46 @@ impl Core {
             }
             PushAction::End { end, tell_peer } => {
                 self.drop_tasks(conn, id);
-                let Some(push) = self.pushes.remove(&id) else {
-                    return;
-                };
-                let result = match &end {
-                    PushEnd::Completed => Ok(PushReport {
-                        bytes: push.bytes - u64::from(push.tail_bytes),
-                        fabric: conn
-                            .and_then(|conn| self.sessions.get(&conn)?.lanes.first())
-                            .map_or(FabricKind::Tcp, |lane| self.rails[lane.rail].kind),
-                        writes: push.requests,
-                        elapsed: self.now - push.opened,
-                    }),
-                    PushEnd::Cancelled => Err(PushError::Cancelled),
-                    PushEnd::Expired => Err(PushError::Expired),
-                    PushEnd::Revoked(reason) => Err(PushError::Revoked(
-                        RevokeReason::from_wire(*reason).unwrap_or(RevokeReason::Requested),
-                    )),
-                    PushEnd::Failed(error) => Err(error.clone()),
-                };
-                self.count_push(result.is_ok());
-                if let Some(conn) = conn {
-                    if tell_peer {
-                        self.tell_ended(conn, id, &end);
-                    }
-                    self.leave_session(conn, id);
+                // The peer need not wait for our devices.
+                if let (Some(conn), true) = (conn, tell_peer) {
+                    self.tell_ended(conn, id, &end);
                 }
-                let after = self.now - push.opened;
-                let trace = self.tell_push_end(&push, after, result.as_ref().map(|_| ()));
-                push.shared.end(result, trace);
+                if let Some(end) = self.park_push(id, end) {
+                    self.end_push(id, end);
+                }
             }
         }
+    }
+
+    /// A push is over, and nothing touches its source pages any more.
+    pub(super) fn end_push(&mut self, id: u64, end: PushEnd<PushError>) {
+        let Some(push) = self.pushes.remove(&id) else {
+            return;
+        };
+        let conn = push.conn;
+        let result = match &end {
+            PushEnd::Completed => Ok(PushReport {
+                bytes: push.bytes - u64::from(push.tail_bytes),
+                fabric: conn
+                    .and_then(|conn| self.sessions.get(&conn)?.lanes.first())
+                    .map_or(FabricKind::Tcp, |lane| self.rails[lane.rail].kind),
+                writes: push.requests,
+                elapsed: self.now - push.opened,
+            }),
+            PushEnd::Cancelled => Err(PushError::Cancelled),
+            PushEnd::Expired => Err(PushError::Expired),
+            PushEnd::Revoked(reason) => Err(PushError::Revoked(
+                RevokeReason::from_wire(*reason).unwrap_or(RevokeReason::Requested),
+            )),
+            PushEnd::Failed(error) => Err(error.clone()),
+        };
+        self.count_push(result.is_ok());
+        if let Some(conn) = conn {
+            self.leave_session(conn, id);
+        }
+        let after = self.now - push.opened;
+        let trace = self.tell_push_end(&push, after, result.as_ref().map(|_| ()));
+        push.shared.end(result, trace);
     }
 
     fn tell_ended(&mut self, conn: ConnId, push: u64, end: &PushEnd<PushError>) {
@@ -547,6 +556,12 @@ impl Core {
         error: &PeerError,
         unfenced: Option<&FabricError>,
     ) {
+        for lane in &mut session.lanes {
+            // Copies that are under way are known to `park_push` from here on.
+            if matches!(lane.current, Some(Current::Staged(_))) {
+                lane.current = None;
+            }
+        }
         for id in std::mem::take(&mut session.pushes) {
             let posted = self.pushes.get(&id).is_some_and(|push| push.requests > 0);
             match unfenced {

@@ -7,18 +7,16 @@
 //!
 //! Any thread may call.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use metrics::counter;
 use parking_lot::Mutex;
 
 use super::Region;
-use crate::memory::{HostMemory, Memory};
+use crate::{
+    endpoint::telemetry::meters::Tally,
+    memory::{HostMemory, Memory},
+};
 
 /// Most bytes of one bounce buffer.
 const BUFFER: u64 = 1 << 20;
@@ -29,6 +27,7 @@ const ALIGN: u64 = 256;
 
 /// What has gone through the arena of an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StagingStats {
     /// Bytes copied from devices to the host, to be pushed.
     pub to_host: u64,
@@ -38,33 +37,46 @@ pub struct StagingStats {
     pub copies: u64,
     /// Batches of copies that a device failed.
     pub failures: u64,
+    /// Ends that waited for copies in vain: memory is set aside for good.
+    pub stuck: u64,
     /// Grants that had to wait for room.
     pub waits: u64,
 }
 
 /// [`StagingStats`], counted.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Counters {
-    pub(crate) to_host: AtomicU64,
-    pub(crate) to_device: AtomicU64,
-    pub(crate) copies: AtomicU64,
-    pub(crate) failures: AtomicU64,
-    pub(crate) waits: AtomicU64,
+    pub(crate) to_host: Tally,
+    pub(crate) to_device: Tally,
+    pub(crate) copies: Tally,
+    pub(crate) failures: Tally,
+    pub(crate) stuck: Tally,
+    pub(crate) waits: Tally,
 }
 
 impl Counters {
-    pub(crate) fn add(counter: &AtomicU64, amount: u64) {
-        counter.fetch_add(amount, Ordering::Relaxed);
+    fn new() -> Self {
+        let bytes = |direction| {
+            Tally::new(counter!("kvpush_staging_bytes_total", "direction" => direction))
+        };
+        Self {
+            to_host: bytes("to_host"),
+            to_device: bytes("to_device"),
+            copies: Tally::new(counter!("kvpush_staging_copies_total")),
+            failures: Tally::new(counter!("kvpush_staging_failures_total")),
+            stuck: Tally::new(counter!("kvpush_staging_stuck_total")),
+            waits: Tally::new(counter!("kvpush_staging_waits_total")),
+        }
     }
 
     pub(crate) fn stats(&self) -> StagingStats {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         StagingStats {
-            to_host: of(&self.to_host),
-            to_device: of(&self.to_device),
-            copies: of(&self.copies),
-            failures: of(&self.failures),
-            waits: of(&self.waits),
+            to_host: self.to_host.total(),
+            to_device: self.to_device.total(),
+            copies: self.copies.total(),
+            failures: self.failures.total(),
+            stuck: self.stuck.total(),
+            waits: self.waits.total(),
         }
     }
 }
@@ -110,7 +122,7 @@ impl Arena {
             landings: Mutex::new(Free::new(start, memory.length().saturating_sub(start))),
             region,
             memory,
-            counters: Counters::default(),
+            counters: Counters::new(),
         }
     }
 

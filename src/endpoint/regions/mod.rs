@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 pub use self::arena::StagingStats;
 pub use self::report::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths};
 pub(crate) use self::{
-    arena::{Arena, Buffer, Counters, LandingRange},
+    arena::{Arena, Buffer, LandingRange},
     grid::Grid,
     index::{AddressIndex, Entry},
     policy::{Exports, Policy, Unreachable},
@@ -36,7 +36,7 @@ pub(crate) use self::{
 };
 use crate::{
     fabric::{Access, Device, LocalKey, MemoryKeys, MrId, RemoteKey},
-    memory::{Copier, Memory},
+    memory::{Copier, Memory, Ticket},
 };
 
 /// How one rail reaches a region.
@@ -102,6 +102,8 @@ impl RailKeys {
 pub(crate) struct Staged {
     /// Only the driver uses it; dropping it waits for what it has started.
     pub(crate) copier: Mutex<Box<dyn Copier>>,
+    /// A batch that was not waited for any more.
+    pub(crate) stuck: Mutex<Option<Ticket>>,
     /// Pinned for the copier, so it stays until the copier has gone.
     pub(crate) arena: Arc<Arena>,
 }

@@ -91,7 +91,12 @@ impl Exports<'_> {
             tracing::debug!(%error, "staging memory is not pinned once more");
         }
         let copier = Mutex::new(copier);
-        Ok(Staged { copier, arena })
+        let stuck = Mutex::default();
+        Ok(Staged {
+            copier,
+            stuck,
+            arena,
+        })
     }
 
     /// The dmabuf that holds `memory`, and where in it.

@@ -18,7 +18,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    fn new(exported: Counter) -> Self {
+    pub(crate) fn new(exported: Counter) -> Self {
         Self {
             total: AtomicU64::new(0),
             exported,

@@ -25,6 +25,8 @@ use std::{
 
 use parking_lot::Mutex;
 
+use super::StagingStats;
+
 use self::meters::{EndpointMeters, PeerMeters};
 pub(crate) use self::recorder::Recorder;
 pub use self::{
@@ -96,6 +98,7 @@ impl Telemetry {
             levels: Levels::load(&self.levels),
             refused: self.endpoint.refused.total(),
             unfenced: self.endpoint.unfenced.total(),
+            staging: StagingStats::default(),
             peers: peers.map(|peer| peer.stats(&self.rails)).collect(),
         }
     }

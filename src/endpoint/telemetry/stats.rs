@@ -5,6 +5,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use crate::endpoint::StagingStats;
+
 /// Numbers of things that exist now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -80,7 +82,7 @@ pub struct Outcomes {
     pub refused: u64,
     /// The peer was lost, or something else went wrong.
     pub failed: u64,
-    /// Lanes could not be fenced: memory is set aside for good.
+    /// Lanes could not be fenced, or a copy did not end: memory is set aside for good.
     pub unfenced: u64,
 }
 
@@ -145,6 +147,8 @@ pub struct Stats {
     pub refused: u64,
     /// Lanes that could not be fenced.
     pub unfenced: u64,
+    /// What has gone through staging memory.
+    pub staging: StagingStats,
     /// Each peer.
     pub peers: Vec<PeerStats>,
 }
@@ -166,6 +170,19 @@ impl fmt::Display for Stats {
             self.refused,
             self.unfenced,
         )?;
+        if self.staging != StagingStats::default() {
+            let staging = &self.staging;
+            writeln!(
+                f,
+                "  staging: {} bytes to the host, {} to devices, {} copies, {} failed, {} stuck, {} waits",
+                staging.to_host,
+                staging.to_device,
+                staging.copies,
+                staging.failures,
+                staging.stuck,
+                staging.waits,
+            )?;
+        }
         for peer in &self.peers {
             let (pushes, arrivals) = (&peer.pushes, &peer.arrivals);
             if *pushes == Outcomes::default()

@@ -9,12 +9,12 @@ use crate::{
         ArrivalError, StagingError,
         control::ConnId,
         core::Core,
-        regions::{Arena, Counters, LandingRange},
+        regions::{Arena, LandingRange},
         shared::PoolHandle,
     },
     kv::{KvLayout, Plan, PlanLimits, Planner},
     memory::{Copy, Direction},
-    protocol::{ArrivalEnd, Blocks, PartMap, PartOutcome},
+    protocol::{Blocks, PartMap, PartOutcome, Time},
     wire::{Open, PoolDescriptor, RefuseCode, RegionDescriptor, RegionKey},
 };
 
@@ -43,14 +43,16 @@ pub(in crate::endpoint::core) struct Landed {
 /// A part on its way to the device.
 #[derive(Debug)]
 pub(in crate::endpoint::core) struct Job {
-    slot: u32,
+    pub(super) slot: u32,
     part: u32,
     landing: Arc<Landing>,
-    pool: Arc<PoolHandle>,
+    pub(super) pool: Arc<PoolHandle>,
     plan: Plan,
     /// The write whose copies are started next.
     next: usize,
-    batches: Vec<Batch>,
+    pub(super) batches: Vec<Batch>,
+    /// When nobody waits for it any more; nothing while its arrival goes on.
+    pub(super) until: Option<Time>,
 }
 
 impl Landed {
@@ -139,6 +141,11 @@ impl Job {
         Ok(started > 0)
     }
 
+    /// What has not been started is not wanted any more.
+    pub(super) fn waive(&mut self) {
+        self.next = self.plan.writes.len();
+    }
+
     /// Whether all copies have been started and are done.
     fn is_done(&mut self) -> Result<bool, StagingError> {
         Ok(finish(&self.pool, &mut self.batches)? && self.next >= self.plan.writes.len())
@@ -217,7 +224,7 @@ impl Core {
         if self.staging.waiting.len() >= MOST_WAITING {
             return Err((RefuseCode::Busy, "too many grants wait for staging memory"));
         }
-        Counters::add(&arena.counters.waits, 1);
+        arena.counters.waits.add(1);
         self.staging.waiting.push_back((conn, open.clone()));
         Ok(false)
     }
@@ -279,6 +286,7 @@ impl Core {
             plan,
             next: 0,
             batches: Vec::new(),
+            until: None,
         });
         self.step_landings();
         true
@@ -315,37 +323,7 @@ impl Core {
             }
             self.unpark(slot);
         }
-        active
-    }
-
-    /// An arrival ends. If copies to its pages are under way its end has to wait for them: then `end` is kept, and comes
-    /// back when they are done.
-    pub(in crate::endpoint::core) fn park(
-        &mut self,
-        slot: u32,
-        end: ArrivalEnd<ArrivalError>,
-    ) -> Option<ArrivalEnd<ArrivalError>> {
-        for job in self.staging.jobs.iter_mut().filter(|job| job.slot == slot) {
-            // What has not been started is not wanted any more.
-            job.next = job.plan.writes.len();
-        }
-        // A job whose copies have all been waived is done at once, too.
-        match self.staging.jobs.iter().any(|job| job.slot == slot) {
-            true => {
-                self.staging.parked.insert(slot, end);
-                None
-            }
-            false => Some(end),
-        }
-    }
-
-    fn unpark(&mut self, slot: u32) {
-        if self.staging.jobs.iter().any(|job| job.slot == slot) {
-            return;
-        }
-        if let Some(end) = self.staging.parked.remove(&slot) {
-            self.end_arrival(slot, end);
-        }
+        active | self.leak_landings()
     }
 }
 

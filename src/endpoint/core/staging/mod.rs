@@ -5,25 +5,28 @@
 //! | `packed` | the layout of a landing |
 //! | `outgoing` | the writer: source pages are copied into bounce buffers and sent from there |
 //! | `incoming` | the reader: what lands in host memory is copied to the device before it counts |
+//! | `ends` | pushes and arrivals that end while copies are under way, and copies that never end |
 //!
 //! Copies are started and asked for by the driver, which never waits for one: while some are under way it looks again
 //! every [`LOOK_AGAIN`]. Whatever a copy may still touch is held by it: its buffer or landing, and its pool.
 //!
 //! * Writer: a buffer is filled while others are on their way, and is free again when the last request from it has been
 //!   acknowledged (or its lane is gone) *and* no copy into it is under way.
-//! * Reader: a part counts when its copies are done and the device has been flushed. An arrival whose copies are under
-//!   way ends when they are done, whatever ends it, so no copy lands late.
+//! * Reader: a part counts when its copies are done and the device has been flushed.
+//! * A push or an arrival whose copies are under way ends when they are done, whatever ends it, so no copy reads or lands
+//!   late. It waits `drain_timeout` or `revoke_grace` for that at most, and then ends as [`StuckCopy`](crate::endpoint::StuckCopy) says.
 //! * A task that has to be sent again after its lane failed is copied again.
 //! * A device that fails a copy is not asked to go on: the push or arrival ends with [`StagingError`].
 
+mod ends;
 mod incoming;
 mod outgoing;
 mod packed;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -37,10 +40,7 @@ pub(super) use self::{
 use super::Core;
 use crate::{
     endpoint::{
-        ArrivalError, PushError, StagingError,
-        control::ConnId,
-        regions::{Buffer, Counters},
-        shared::PoolHandle,
+        ArrivalError, PushError, StagingError, control::ConnId, regions::Buffer, shared::PoolHandle,
     },
     fabric::FabricKind,
     memory::{Copy, Direction, Ticket},
@@ -54,6 +54,7 @@ const LOOK_AGAIN: Duration = Duration::from_micros(20);
 /// A batch of copies of one region.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Batch {
+    /// Its number in the pool.
     region: usize,
     ticket: Ticket,
 }
@@ -61,6 +62,9 @@ pub(super) struct Batch {
 /// Copies into a buffer that nobody wants any more. Nobody else may use it before they are done.
 #[derive(Debug)]
 pub(super) struct Orphan {
+    push: u64,
+    /// When nobody waits for it any more; known once it has been looked at.
+    until: Option<Time>,
     _buffer: Arc<Buffer>,
     batches: Vec<Batch>,
     pool: Arc<PoolHandle>,
@@ -80,6 +84,8 @@ pub(super) struct Staging {
     jobs: Vec<Job>,
     /// Arrivals that have ended but for their copies.
     parked: HashMap<u32, ArrivalEnd<ArrivalError>>,
+    /// The same of pushes.
+    parked_pushes: BTreeMap<u64, PushEnd<PushError>>,
     /// Grants that wait for a landing, in order.
     waiting: VecDeque<(ConnId, Open)>,
     copies: Vec<Copy>,
@@ -150,6 +156,18 @@ fn start(
     let Some(staged) = region_ref.staged() else {
         return Err(failed("the region has no copier".to_owned()));
     };
+    let mut copier = staged.copier.lock();
+    let mut stuck = staged.stuck.lock();
+    if let Some(ticket) = *stuck {
+        // Copies end in order: none that is started now ends before that one.
+        match copier.is_done(ticket) {
+            Ok(true) => *stuck = None,
+            Ok(false) | Err(_) => {
+                staged.arena.counters.failures.add(1);
+                return Err(failed("an earlier copy has not ended".to_owned()));
+            }
+        }
+    }
     let bytes = copies.iter().map(|copy| copy.length).sum();
     let counters = &staged.arena.counters;
     // SAFETY: the host ranges lie in a bounce buffer or landing that the caller holds until the batch is done, as it
@@ -157,18 +175,18 @@ fn start(
     // the layout that the pool was checked by. A bounce buffer that is filled is nobody else's, so nothing changes or
     // refers to it; a landing is read when the part in it has arrived. A peer that writes on changes what its own pages
     // get, as it may on any fabric. That source pages do not change is asked of the pusher.
-    match unsafe { staged.copier.lock().start(direction, copies) } {
+    match unsafe { copier.start(direction, copies) } {
         Ok(ticket) => {
             let counter = match direction {
                 Direction::ToHost => &counters.to_host,
                 Direction::ToDevice => &counters.to_device,
             };
-            Counters::add(counter, bytes);
-            Counters::add(&counters.copies, copies.len() as u64);
+            counter.add(bytes);
+            counters.copies.add(copies.len() as u64);
             Ok(Batch { region, ticket })
         }
         Err(error) => {
-            Counters::add(&counters.failures, 1);
+            counters.failures.add(1);
             Err(failed(error.to_string()))
         }
     }
@@ -185,7 +203,7 @@ fn finish(pool: &PoolHandle, batches: &mut Vec<Batch>) -> Result<bool, StagingEr
             Ok(true) => batches.pop(),
             Ok(false) => return Ok(false),
             Err(error) => {
-                Counters::add(&staged.arena.counters.failures, 1);
+                staged.arena.counters.failures.add(1);
                 return Err(StagingError {
                     kind: region.memory().kind(),
                     reason: error.to_string(),
@@ -213,12 +231,8 @@ impl Core {
         if !staging.is_copying() && staging.waiting.is_empty() && staging.failed.is_empty() {
             return false;
         }
-        // Of a failed device nothing more is to be waited for.
-        staging
-            .orphans
-            .lock()
-            .retain_mut(|orphan| matches!(finish(&orphan.pool, &mut orphan.batches), Ok(false)));
-        let mut active = self.step_landings();
+        let mut active = self.step_orphans();
+        active |= self.step_landings();
         for (conn, lane) in std::mem::take(&mut self.staging.lanes) {
             active |= self.pump_staged(conn, lane);
         }
@@ -249,12 +263,20 @@ impl Core {
         self.staging.is_copying().then(|| now + LOOK_AGAIN)
     }
 
-    /// The endpoint shuts down: waits for all copies, so that what they touch may go.
+    /// The endpoint shuts down: waits for all copies, so that what they touch may go, as long as anybody does. It is the
+    /// one place where a core looks at a clock: no step comes after this one.
     pub(super) fn end_staging(&mut self) {
+        let wait = self.config.revoke_grace.max(self.config.drain_timeout);
+        let start = Instant::now();
         self.staging.waiting.clear();
+        self.bound_landings(None);
         while !self.staging.jobs.is_empty() || !self.staging.orphans.lock().is_empty() {
             self.step_staging();
-            std::thread::yield_now();
+            if start.elapsed() > wait {
+                self.now = self.now + wait;
+            } else {
+                std::thread::sleep(LOOK_AGAIN);
+            }
         }
     }
 }

@@ -42,6 +42,7 @@ pub(in crate::endpoint::core) struct Piece {
 /// A buffer that is filled, or sent from.
 #[derive(Debug)]
 struct Chunk {
+    push: u64,
     buffer: Arc<Buffer>,
     /// Copies under way.
     batches: Vec<Batch>,
@@ -55,6 +56,8 @@ impl Drop for Chunk {
     fn drop(&mut self) {
         if !self.batches.is_empty() {
             self.orphans.lock().push(Orphan {
+                push: self.push,
+                until: None,
                 _buffer: Arc::clone(&self.buffer),
                 batches: std::mem::take(&mut self.batches),
                 pool: Arc::clone(&self.pool),
@@ -162,6 +165,7 @@ impl StagedTask {
         staging: &mut Staging,
     ) -> Result<(), StagingError> {
         let mut chunk = Chunk {
+            push: self.push,
             buffer: Arc::new(buffer),
             batches: Vec::new(),
             pieces: Vec::new(),
