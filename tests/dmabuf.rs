@@ -4,6 +4,9 @@
 //! pages between them, and compares *all* of the destination's buffer, at the exporter's own end, with a model that
 //! copies row by row.
 //!
+//! Over verbs the same is asked of a device that takes neither dmabufs nor their mappings (soft-RoCE), so that the pages
+//! go through host memory, and the reasons are checked.
+//!
 //! A sealed memory file stands in for a dmabuf everywhere. Real ones come from `/dev/udmabuf` and `/dev/dma_heap`, which
 //! few hosts have: those cases are marked as ignored, and `cargo xtask rxe --dmabuf` runs them in a guest whose kernel
 //! has both. Random cases print their seed; `KVPUSH_SEED` replays one.
@@ -21,7 +24,8 @@ use std::sync::Arc;
 
 use kvpush::{
     Endpoint, Grant, Pool,
-    endpoint::{EndpointError, MemoryPath},
+    endpoint::{EndpointError, MemoryPath, PathRefusal},
+    fabric::FabricKind,
     kv::{
         Dtype, HeadRange, KvLayout,
         presets::{Arrangement, HeadOrder, KvShape, Stacking},
@@ -146,6 +150,7 @@ impl Cut {
         let pool = endpoint
             .register_pool(layout.clone(), parts.collect())
             .expect("register a pool");
+        check_paths(endpoint, &pool);
         Self {
             pool,
             layout,
@@ -161,6 +166,36 @@ impl Cut {
             .map(|&(offset, length)| bytes[offset as usize..][..length as usize].to_vec())
             .collect()
     }
+}
+
+/// Software fabrics map a dmabuf, a NIC may take it; one that takes none gets the bytes through host memory.
+fn check_paths(endpoint: &Endpoint, pool: &Pool) {
+    for region in pool.paths() {
+        assert_eq!(region.rails.len(), endpoint.rails().count());
+        for (rail, info) in region.rails.iter().zip(endpoint.rails()) {
+            if info.kind != FabricKind::Verbs || info.caps.dmabuf {
+                assert_ne!(rail.path, MemoryPath::Staged, "{rail:?}");
+                continue;
+            }
+            assert_eq!((rail.path, rail.extents), (MemoryPath::Staged, 0));
+            check_reasons(&rail.refused);
+        }
+    }
+}
+
+/// The reasons of a device that takes no dmabuf, for memory without pages to pin.
+fn check_reasons(refused: &[PathRefusal]) {
+    let reason = |path| {
+        let found = refused.iter().find(|refusal| refusal.path == path);
+        found
+            .map(|refusal| refusal.reason.as_str())
+            .unwrap_or_default()
+    };
+    assert!(!reason(MemoryPath::Dmabuf).is_empty(), "{refused:?}");
+    assert!(
+        reason(MemoryPath::PeerMemory).contains("no pages"),
+        "{refused:?}"
+    );
 }
 
 fn random_layout(shape: &KvShape, pages: u32, random: &mut Random) -> KvLayout {
@@ -263,6 +298,10 @@ cases!(tcp:
     udmabufs Udmabuf #[ignore = "needs /dev/udmabuf: cargo xtask rxe --dmabuf"],
     heap_buffers Heap #[ignore = "needs /dev/dma_heap: cargo xtask rxe --dmabuf"],
 );
+cases!(verbs:
+    udmabufs Udmabuf #[ignore = "needs an RDMA device and /dev/udmabuf: cargo xtask rxe --dmabuf"],
+    heap_buffers Heap #[ignore = "needs an RDMA device and /dev/dma_heap: cargo xtask rxe --dmabuf"],
+);
 
 /// Soft-RoCE registers no dmabuf, and a mapping of one has no pages to pin. What is next in line takes over, and each
 /// better path has left its reason; where nothing is left, the error has all of them.
@@ -292,18 +331,8 @@ fn verbs_goes_on_to_the_next_path_and_says_why() {
             Err(EndpointError::Unreachable { refused, .. }) => refused,
             Err(error) => panic!("{exporter:?}: {error}"),
         };
-        let reason = |path| {
-            let found = refused.iter().find(|refusal| refusal.path == path);
-            found
-                .map(|refusal| refusal.reason.as_str())
-                .unwrap_or_default()
-        };
         println!("{exporter:?}: {refused:?}");
-        assert!(!reason(MemoryPath::Dmabuf).is_empty(), "{refused:?}");
-        assert!(
-            reason(MemoryPath::PeerMemory).contains("no pages"),
-            "{refused:?}"
-        );
+        check_reasons(&refused);
     }
 }
 

@@ -3,7 +3,7 @@
 //! Device memory is a memory file (`memfd_create(2)`) mapped into the process, so a pointer of the device is an address
 //! that the tests can look at, and an export is a real descriptor of the very same memory.
 //!
-//! Tests steer it by the functions `double_*` ([`control`]): any call can be made to fail, devices and version can be
+//! Tests steer it by the functions `double_*` (`control`): any call can be made to fail, devices and version can be
 //! set, and every call is logged. All of that is of the calling thread, as the current device is with the real
 //! libraries, so tests run side by side. Allocations are of the process.
 //!

@@ -42,6 +42,9 @@ const BENCH_PORT: u16 = 7700;
 /// Where the bench leaves its rows.
 const BENCH_ROWS: &str = "bench.json";
 
+/// The same of a second run, over verbs.
+const VERBS_ROWS: &str = "bench-verbs.json";
+
 /// What both guests know; the network between them has nobody else on it.
 const BENCH_KEY: &str = "between-two-guests";
 
@@ -108,18 +111,18 @@ pub(super) fn dmabufs_in_one_guest(options: &Options, machine: &Machine) -> Resu
     script.push_str(&format!(
         "echo; echo '---- kvpush-bench, its pools in dmabufs'\n\
          {bench} devices || failed+=(devices:$?)\n\
-         {bench} --fabric tcp --memory udmabuf {BENCH_WORKLOAD} --json /out/{BENCH_ROWS} || failed+=(bench:$?)\n"
+         {bench} --fabric tcp --memory udmabuf {BENCH_WORKLOAD} --json /out/{BENCH_ROWS} || failed+=(bench:$?)\n\
+         {bench} {BENCH_FABRIC} --memory udmabuf {BENCH_WORKLOAD} --json /out/{VERBS_ROWS} || failed+=(bench-verbs:$?)\n"
     ));
     script.push_str(REPORT_FAILURES);
     let guest = options.configure(Guest::alone(script));
     let outcomes = guest::run("dmabuf", machine, vec![guest])?;
     report(&outcomes)?;
-    let rows = rows_of(&outcomes)?;
-    let wanted = [("fabric", "tcp"), ("memory", "udmabuf->udmabuf")];
-    println!(
-        "{} rows, all in dmabufs and verified",
-        check_rows(&rows, &wanted)?
-    );
+    for (fabric, rows) in [("tcp", BENCH_ROWS), ("verbs", VERBS_ROWS)] {
+        let wanted = [("fabric", fabric), ("memory", "udmabuf->udmabuf")];
+        let count = check_rows(&rows_of(&outcomes, rows)?, &wanted)?;
+        println!("{count} rows over {fabric}, all in dmabufs and verified");
+    }
     Ok(())
 }
 
@@ -141,12 +144,12 @@ pub(super) fn bench_between_two_guests(options: &Options, machine: &Machine) -> 
 
 /// Checks the rows that the bench left in the first guest, and counts them.
 fn bench_rows(outcomes: &[Outcome]) -> Result<usize> {
-    check_rows(&rows_of(outcomes)?, &[("fabric", "verbs")])
+    check_rows(&rows_of(outcomes, BENCH_ROWS)?, &[("fabric", "verbs")])
 }
 
-/// What the bench left in the first guest.
-fn rows_of(outcomes: &[Outcome]) -> Result<String> {
-    let path = outcomes.first().context("no outcome")?.out.join(BENCH_ROWS);
+/// What the bench left in file `name` of the first guest.
+fn rows_of(outcomes: &[Outcome], name: &str) -> Result<String> {
+    let path = outcomes.first().context("no outcome")?.out.join(name);
     std::fs::read_to_string(&path).with_context(|| format!("the bench left no {}", path.display()))
 }
 
