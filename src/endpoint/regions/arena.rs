@@ -37,7 +37,7 @@ pub struct StagingStats {
     pub copies: u64,
     /// Batches of copies that a device failed.
     pub failures: u64,
-    /// Ends that waited for copies in vain: memory is set aside for good.
+    /// Batches of copies that had not ended when an end could wait no longer: their memory is set aside for good.
     pub stuck: u64,
     /// Grants that had to wait for room.
     pub waits: u64,
