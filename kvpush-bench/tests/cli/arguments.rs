@@ -37,7 +37,7 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
         (&["--fabric", "tcp", "--devices", "mlx5_0"], &["--devices"]),
         (
             &["--memory", "tape"],
-            &["known are host, hip, cuda and udmabuf"],
+            &["known are host, memfd, hip, cuda and udmabuf"],
         ),
         (&["--memory", "hip:x"], &["no number of a GPU"]),
         (&["--memory", "udmabuf:1"], &["known are host"]),

@@ -33,7 +33,7 @@ OPTIONS
     --dmabuf             Boot a kernel that has /dev/udmabuf and /dev/dma_heap (6.12 or newer; of the mirror's
                          backports where the release's own is older); without a command, run the tests that need them
     --release            Build tests and kvpush-bench with --release
-    --timeout SECONDS    For each guest, from power-on to power-off [default: 1200]
+    --timeout SECONDS    For each guest, from power-on to power-off [default: 3000]
     --memory MIB         Of each guest [default: 2048]
     --cpus N             Of each guest [default: 2]
     --update-kernel      Ask apt for the current kernel, rather than use the one in target/rxe/kernel
@@ -163,7 +163,7 @@ impl Options {
         guest
             .memory_mib(self.memory_mib.unwrap_or(2048))
             .cpus(self.cpus.unwrap_or(2))
-            .timeout(Duration::from_secs(self.timeout.unwrap_or(1200)))
+            .timeout(Duration::from_secs(self.timeout.unwrap_or(3000)))
     }
 }
 

@@ -30,7 +30,7 @@ const TEST_ARGUMENTS: &str = "--test-threads=1";
 const VERBS_CASES: &str = "--include-ignored verbs";
 
 /// For one suite, in seconds. Emulation is slow; a suite which hangs should still not take the others with it.
-const SUITE_TIMEOUT: u32 = 600;
+const SUITE_TIMEOUT: u32 = 1200;
 
 /// The end of a script whose `failed` lists what failed.
 const REPORT_FAILURES: &str =
