@@ -60,7 +60,7 @@ pub(super) struct Windows {
     exact: bool,
     want_pool: bool,
     lanes: Vec<OfLane>,
-    outstanding: u32,
+    pub(super) outstanding: u32,
     then: Then,
     /// When the lanes must be fenced, because taking back takes too long.
     fence_at: Time,

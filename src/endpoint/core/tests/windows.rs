@@ -320,6 +320,37 @@ fn where_windows_run_out_grants_fall_back_or_are_refused() {
     assert_eq!(rig.world.windows(), 0);
 }
 
+/// A key that is told before its binding has taken effect opens nothing yet: an honest writer's lane would fail for it.
+#[test]
+fn nobody_is_told_of_windows_that_are_not_bound() {
+    let (mut waiting, mut told) = (0, 0);
+    for seed in [1, 2, 3, 5, 6, 7] {
+        let mut rig = Rig::seeded(seed, Protection::Window);
+        let arrival = rig.target.grant("bound", &[2, 5, 11], 200 * MS).unwrap();
+        let grant = arrival.grant().clone();
+        let push = rig.world.nodes[0]
+            .shared
+            .start_push(&rig.source, grant, None);
+        rig.world.run(10 * MS, |world| {
+            let mut windows = world.nodes[1].core.arrivals.values();
+            let Some(windows) = windows.find_map(|arrival| arrival.windows.as_ref()) else {
+                return;
+            };
+            match windows.is_told() {
+                true => told += 1,
+                false => waiting += 1,
+            }
+            assert!(
+                !windows.is_told() || windows.outstanding == 0,
+                "seed {seed}: told with {} bindings to come",
+                windows.outstanding
+            );
+        });
+        assert_eq!(push.unwrap().poll_opened(), Some(Ok(())));
+    }
+    assert!(waiting > 0 && told > 0, "{waiting} {told}");
+}
+
 /// Taken back before the writer has been told: it hears that, and nothing stays behind.
 #[test]
 fn revoked_while_it_is_being_opened() {
