@@ -2,7 +2,7 @@
 
 use crate::{memory::PciAddress, wire::FabricKind};
 
-use super::WindowCaps;
+use super::{FabricErrorKind, LaneConfig, WindowCaps};
 
 /// The state of a rail's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,58 @@ pub struct Capabilities {
     /// Whether registrations may let the device reorder its accesses on the host's bus
     /// (`IBV_ACCESS_RELAXED_ORDERING`).
     pub relaxed_ordering: bool,
+}
+
+impl Capabilities {
+    /// Whether a lane may be as `config` asks.
+    pub(super) fn check_lane(&self, config: &LaneConfig) -> Result<(), FabricErrorKind> {
+        let limits = [
+            ("send depth", config.send_depth, self.max_send_depth),
+            (
+                "receive depth",
+                config.receive_depth,
+                self.max_receive_depth,
+            ),
+            ("gather elements", config.max_sge, self.max_sge),
+            ("inline bytes", config.max_inline, self.max_inline),
+        ];
+        match limits.into_iter().find(|(_, value, limit)| value > limit) {
+            None => Ok(()),
+            Some((what, value, limit)) => {
+                let (value, limit) = (value.into(), limit.into());
+                Err(FabricErrorKind::Limit { what, value, limit })
+            }
+        }
+    }
+
+    /// Whether a completion queue may have that many entries.
+    pub(super) fn check_completions(&self, depth: u32) -> Result<(), FabricErrorKind> {
+        if depth <= self.max_completions {
+            return Ok(());
+        }
+        Err(FabricErrorKind::Limit {
+            what: "completion depth",
+            value: depth.into(),
+            limit: self.max_completions.into(),
+        })
+    }
+
+    /// Whether `[address, address + length)` may be one registration.
+    pub(super) fn check_range(&self, address: u64, length: u64) -> Result<(), FabricErrorKind> {
+        if length > self.max_mr {
+            return Err(FabricErrorKind::Limit {
+                what: "registration length",
+                value: length,
+                limit: self.max_mr,
+            });
+        }
+        if address == 0 || length == 0 || address.checked_add(length).is_none() {
+            return Err(FabricErrorKind::Memory(format!(
+                "{length} bytes at {address:#x} are no memory"
+            )));
+        }
+        Ok(())
+    }
 }
 
 /// One rail: its name, state and capabilities.

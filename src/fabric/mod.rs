@@ -24,6 +24,7 @@ mod registry;
 mod request;
 pub mod shm;
 pub mod sim;
+mod software;
 
 pub mod tcp;
 pub mod verbs;

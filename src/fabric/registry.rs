@@ -19,8 +19,8 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    Access, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Window, WindowBind, WindowId,
-    mapping::Mapping,
+    Access, FabricErrorKind, LaneId, LocalKey, MemoryKeys, MrId, RemoteKey, Window, WindowBind,
+    WindowCaps, WindowId, mapping::Mapping,
 };
 
 /// One registration.
@@ -230,7 +230,7 @@ impl<T: Clone> Registry<T> {
         }
     }
 
-    /// Adds a range that the caller has checked. Nothing if all keys have been used.
+    /// Adds a range that the caller has checked. An error if all keys have been used.
     pub(super) fn insert(
         &self,
         address: u64,
@@ -238,12 +238,20 @@ impl<T: Clone> Registry<T> {
         access: Access,
         mapping: Option<Mapping>,
         own: T,
-    ) -> Option<MemoryKeys> {
+    ) -> Result<MemoryKeys, FabricErrorKind> {
         let mut state = self.state.lock();
+        let mut draw = || {
+            state.keys.draw().ok_or(FabricErrorKind::Limit {
+                what: "registrations since the device was opened",
+                value: 1 << 31,
+                limit: (1 << 31) - 1,
+            })
+        };
+        let (local, remote) = (LocalKey(draw()?), RemoteKey(draw()?));
         let keys = MemoryKeys {
             mr: MrId(state.next_mr),
-            local: LocalKey(state.keys.draw()?),
-            remote: RemoteKey(state.keys.draw()?),
+            local,
+            remote,
         };
         state.next_mr += 1;
         let region = Region {
@@ -266,7 +274,7 @@ impl<T: Clone> Registry<T> {
             .partition_point(|r| r.keys.remote.0 < keys.remote.0);
         table.remote.insert(at, region);
         self.publish(&mut state, table);
-        Some(keys)
+        Ok(keys)
     }
 
     /// Removes a registration and returns what it was.
@@ -359,21 +367,32 @@ impl<T: Clone> MemoryView<T> {
             .find(address, length, intent)
     }
 
-    /// How many windows there are.
-    pub(super) fn windows(&self) -> usize {
-        self.windows.by_key.len()
-    }
-
     /// Whether there are windows into a registration.
-    pub(super) fn has_windows(&self, mr: MrId) -> bool {
+    fn has_windows(&self, mr: MrId) -> bool {
         self.windows
             .by_key
             .values()
             .any(|window| window.range.keys.mr == mr)
     }
 
-    /// Makes a window, or says why not.
-    pub(super) fn bind(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, &'static str> {
+    /// Makes a window, if the device of `caps` may have one more.
+    pub(super) fn bind(
+        &mut self,
+        lane: LaneId,
+        bind: &WindowBind,
+        caps: Option<&WindowCaps>,
+    ) -> Result<Window, FabricErrorKind> {
+        let max = caps.map_or(0, |caps| caps.max);
+        let value = self.windows.by_key.len() as u64 + 1;
+        if value > u64::from(max) {
+            let (what, limit) = ("number of windows", max.into());
+            return Err(FabricErrorKind::Limit { what, value, limit });
+        }
+        self.open_window(lane, bind)
+            .map_err(|why| FabricErrorKind::Memory(why.to_owned()))
+    }
+
+    fn open_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, &'static str> {
         self.refresh();
         let mut regions = self.table.local.iter();
         let region = regions
@@ -413,16 +432,23 @@ impl<T: Clone> MemoryView<T> {
     }
 
     /// Whether `lane` has that window.
-    pub(super) fn is_window_of(&self, lane: LaneId, id: WindowId) -> bool {
+    fn is_window_of(&self, lane: LaneId, id: WindowId) -> bool {
         let key = self.windows.by_id.get(&id);
         key.and_then(|key| self.windows.by_key.get(key))
             .is_some_and(|window| window.lane == lane)
     }
 
-    /// Takes a window back; later lookups do not find it. Returns its range if the peer might read from it.
-    pub(super) fn unbind(&mut self, id: WindowId) -> Option<Region<T>> {
-        let window = self.windows.remove(id)?;
-        Some(window.range).filter(|range| range.access.remote_read)
+    /// Takes a window of `lane` back; later lookups do not find it. Returns its range if the peer might read from it.
+    pub(super) fn unbind(
+        &mut self,
+        lane: LaneId,
+        id: WindowId,
+    ) -> Result<Option<Region<T>>, FabricErrorKind> {
+        if !self.is_window_of(lane, id) {
+            return Err(FabricErrorKind::Memory(format!("no window {}", id.0)));
+        }
+        let window = self.windows.remove(id).map(|window| window.range);
+        Ok(window.filter(|range| range.access.remote_read))
     }
 
     /// Takes all windows of a lane back.
@@ -433,8 +459,17 @@ impl<T: Clone> MemoryView<T> {
         windows.by_id.retain(|_, key| left.contains_key(key));
     }
 
+    /// Ends a registration that no window is into.
+    pub(super) fn deregister(&mut self, mr: MrId) -> Result<Region<T>, FabricErrorKind> {
+        if self.has_windows(mr) {
+            return Err(FabricErrorKind::Os(libc::EBUSY));
+        }
+        let gone = || FabricErrorKind::Memory(format!("no registration {}", mr.0));
+        self.remove(mr).ok_or_else(gone)
+    }
+
     /// Ends a registration; later lookups do not find it.
-    pub(super) fn remove(&mut self, mr: MrId) -> Option<Region<T>> {
+    fn remove(&mut self, mr: MrId) -> Option<Region<T>> {
         let region = self.registry.remove(mr);
         self.refresh();
         region

@@ -16,10 +16,12 @@ use std::{
 use mio::{Interest, Token as Key, unix::SourceFd};
 
 use super::{
-    super::{FabricError, FabricErrorKind, LaneId},
+    super::{
+        FabricError, FabricErrorKind, LaneId,
+        software::{Failure, after, make_room},
+    },
     context::{ShmContext, lane_key},
-    lane::{Lane, Link, Phase, after},
-    requester::Failure,
+    lane::{Lane, Link, Phase},
     ring::PeerBox,
     sys::{self, Process},
     wire::{Address, Hello, same_token},
@@ -137,16 +139,9 @@ impl ShmContext {
     }
 
     fn add_pending(&mut self, socket: OwnedFd) {
-        if self.pending.len() >= self.device.config().max_pending {
-            // The one that has been silent longest makes room; those that named a lane stay.
-            let silent = self
-                .pending
-                .iter()
-                .find(|(_, pending)| pending.hello.is_none());
-            match silent.map(|(key, _)| *key) {
-                Some(key) => drop(self.pending.remove(&key)),
-                None => return,
-            }
+        let most = self.device.config().max_pending;
+        if !make_room(&mut self.pending, most, |pending| pending.hello.is_none()) {
+            return;
         }
         let key = self.next_pending;
         self.next_pending += 1;

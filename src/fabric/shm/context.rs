@@ -19,15 +19,14 @@ use super::{
     super::{
         Completion, Context, Device, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId,
         MrId, PostError, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
+        software::{Alarm, Failure, Timing, after, os_error},
     },
     connect::Pending,
     copier::Copier,
-    device::{ShmDevice, os_error},
+    device::ShmDevice,
     files::Mappings,
-    lane::{Common, Lane, Phase, Timing, after},
+    lane::{Common, Lane, Phase},
     memory::{MemoryView, Own},
-    requester::Failure,
-    sys::Timer,
     wire::{Address, Token},
 };
 
@@ -54,9 +53,7 @@ pub(super) struct ShmContext {
     pub(super) listener: OwnedFd,
     pub(super) listener_ready: bool,
     pub(super) listener_pause: Option<Instant>,
-    timer: Timer,
-    /// When the timer fires.
-    timer_at: Option<Instant>,
+    alarm: Alarm,
     pub(super) lanes: HashMap<LaneId, Box<Lane>>,
     next_lane: u32,
     /// Hot lanes, and failed ones with completions, in turn.
@@ -71,9 +68,9 @@ impl ShmContext {
     pub(super) fn new(device: Arc<ShmDevice>, listener: OwnedFd) -> Result<Self, FabricError> {
         let failed = |operation, error: &io::Error| device.error(operation, os_error(error));
         let poll = Poll::new().map_err(|e| failed("epoll_create1", &e))?;
-        let timer = Timer::new().map_err(|e| failed("timerfd_create", &e))?;
+        let alarm = Alarm::new().map_err(|e| failed("timerfd_create", &e))?;
         let registry = poll.registry();
-        for (fd, key) in [(listener.as_raw_fd(), LISTENER), (timer.as_raw_fd(), TIMER)] {
+        for (fd, key) in [(listener.as_raw_fd(), LISTENER), (alarm.as_raw_fd(), TIMER)] {
             registry
                 .register(&mut SourceFd(&fd), key, Interest::READABLE)
                 .map_err(|e| failed("epoll_ctl", &e))?;
@@ -99,8 +96,7 @@ impl ShmContext {
             listener,
             listener_ready: false,
             listener_pause: None,
-            timer,
-            timer_at: None,
+            alarm,
             lanes: HashMap::new(),
             next_lane: 1,
             hot: VecDeque::new(),
@@ -122,14 +118,7 @@ impl ShmContext {
 
     /// Makes sure that the timer fires no later than `at`.
     pub(super) fn schedule(&mut self, at: Option<Instant>) {
-        let Some(at) = at else { return };
-        if self.timer_at.is_none_or(|current| at < current) {
-            self.timer_at = Some(at);
-            if let Err(error) = self.timer.set(at.saturating_duration_since(Instant::now())) {
-                // Only possible with an invalid descriptor or time; deadlines are then found by later polls.
-                tracing::warn!(%error, "timerfd_settime");
-            }
-        }
+        self.alarm.no_later_than(at);
     }
 
     /// Has the next polls look at lane `id`.
@@ -185,12 +174,9 @@ impl ShmContext {
 
     /// Handles deadlines if the timer should have fired.
     fn expire(&mut self) {
-        let Some(at) = self.timer_at else { return };
-        let now = Instant::now();
-        if now < at {
+        let Some(now) = self.alarm.ring() else {
             return;
-        }
-        self.timer_at = None;
+        };
         if self.listener_pause.is_some_and(|until| until <= now) {
             self.listener_pause = None;
             self.listener_ready = true;
@@ -236,28 +222,6 @@ impl ShmContext {
         }
         self.enqueue(lane);
     }
-
-    fn check_config(&self, config: &LaneConfig) -> Result<(), FabricError> {
-        let caps = &self.device.info().caps;
-        let limits = [
-            ("send depth", config.send_depth, caps.max_send_depth),
-            (
-                "receive depth",
-                config.receive_depth,
-                caps.max_receive_depth,
-            ),
-            ("gather elements", config.max_sge, caps.max_sge),
-            ("inline bytes", config.max_inline, caps.max_inline),
-        ];
-        for (what, value, limit) in limits {
-            if value > limit {
-                let (value, limit) = (value.into(), limit.into());
-                let kind = FabricErrorKind::Limit { what, value, limit };
-                return Err(self.device.error("create_lane", kind));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The key of a lane's socket in the epoll set.
@@ -267,14 +231,8 @@ pub(super) fn lane_key(id: LaneId) -> Key {
 
 impl Context for ShmContext {
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
-        if self.common.memory.has_windows(mr) {
-            let kind = FabricErrorKind::Os(libc::EBUSY);
-            return Err(self.device.error("deregister", kind));
-        }
-        let Some(region) = self.common.memory.remove(mr) else {
-            let kind = FabricErrorKind::Memory(format!("no registration {}", mr.0));
-            return Err(self.device.error("deregister", kind));
-        };
+        let region = self.common.memory.deregister(mr);
+        let region = region.map_err(|kind| self.device.error("deregister", kind))?;
         // Requests that arrive for it are refused from here on. Those that name it as a source must not go on.
         let file = region.own().as_ref().filter(|gone| {
             let number = gone.file.number;
@@ -299,7 +257,8 @@ impl Context for ShmContext {
 
     fn create_lane(&mut self, config: &LaneConfig) -> Result<(LaneId, LaneAddress), FabricError> {
         const OPERATION: &str = "create_lane";
-        self.check_config(config)?;
+        let fits = self.device.info().caps.check_lane(config);
+        fits.map_err(|kind| self.device.error(OPERATION, kind))?;
         let unavailable = |text| {
             self.device
                 .error(OPERATION, FabricErrorKind::Unavailable(text))
@@ -391,17 +350,9 @@ impl Context for ShmContext {
     fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
         const OPERATION: &str = "bind a window";
         self.check_windows_of(OPERATION, lane)?;
-        let max = self.device.info().caps.windows.map_or(0, |caps| caps.max);
-        let value = self.common.memory.windows() as u64 + 1;
-        if value > u64::from(max) {
-            let (what, limit) = ("number of windows", max.into());
-            let kind = FabricErrorKind::Limit { what, value, limit };
-            return Err(self.device.error(OPERATION, kind));
-        }
-        let window = self.common.memory.bind(lane, bind).map_err(|why| {
-            let kind = FabricErrorKind::Memory(why.to_owned());
-            self.device.error(OPERATION, kind)
-        })?;
+        let caps = self.device.info().caps.windows.as_ref();
+        let window = self.common.memory.bind(lane, bind, caps);
+        let window = window.map_err(|kind| self.device.error(OPERATION, kind))?;
         self.window_done(lane, bind.id);
         Ok(window)
     }
@@ -416,11 +367,8 @@ impl Context for ShmContext {
     ) -> Result<(), FabricError> {
         const OPERATION: &str = "invalidate a window";
         self.check_windows_of(OPERATION, lane)?;
-        if !self.common.memory.is_window_of(lane, window) {
-            let kind = FabricErrorKind::Memory(format!("no window {}", window.0));
-            return Err(self.device.error(OPERATION, kind));
-        }
-        self.common.memory.unbind(window);
+        let taken = self.common.memory.unbind(lane, window);
+        taken.map_err(|kind| self.device.error(OPERATION, kind))?;
         self.window_done(lane, id);
         Ok(())
     }

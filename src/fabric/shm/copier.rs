@@ -11,10 +11,11 @@ use super::{
     super::{
         mapping::{Mapping, Touch},
         registry::Found,
+        software::{IOV_MAX, Iov},
     },
     files::PeerFiles,
     memory::Own,
-    sys::{self, IOV_MAX, Iov, Process},
+    sys::{self, Process},
     wire::Location,
 };
 

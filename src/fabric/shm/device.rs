@@ -17,7 +17,7 @@ use super::{
     super::{
         Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError,
         FabricErrorKind, FabricKind, FileRange, LinkState, MemoryKeys, WindowCaps,
-        mapping::Mapping,
+        mapping::Mapping, software::os_error,
     },
     connect::listener_name,
     context::ShmContext,
@@ -193,27 +193,12 @@ impl ShmDevice {
         mapping: Option<Mapping>,
         file: Option<InFile>,
     ) -> Result<MemoryKeys, FabricError> {
-        let refuse = |kind| Err(self.error(operation, kind));
-        if length > self.info.caps.max_mr {
-            return refuse(FabricErrorKind::Limit {
-                what: "registration length",
-                value: length,
-                limit: self.info.caps.max_mr,
-            });
-        }
-        if address == 0 || length == 0 || address.checked_add(length).is_none() {
-            return refuse(FabricErrorKind::Memory(format!(
-                "{length} bytes at {address:#x} are no memory"
-            )));
-        }
-        match self.registry.insert(address, length, access, mapping, file) {
-            Some(keys) => Ok(keys),
-            None => refuse(FabricErrorKind::Limit {
-                what: "registrations since the device was opened",
-                value: 1 << 31,
-                limit: (1 << 31) - 1,
-            }),
-        }
+        let keys = self
+            .info
+            .caps
+            .check_range(address, length)
+            .and_then(|()| self.registry.insert(address, length, access, mapping, file));
+        keys.map_err(|kind| self.error(operation, kind))
     }
 
     /// Where peers find `length` bytes at `offset` of a file, if they can map it safely.
@@ -291,16 +276,8 @@ impl Device for ShmDevice {
         self: Arc<Self>,
         completion_depth: u32,
     ) -> Result<Box<dyn Context>, FabricError> {
-        if completion_depth > self.info.caps.max_completions {
-            return Err(self.error(
-                "open_context",
-                FabricErrorKind::Limit {
-                    what: "completion depth",
-                    value: completion_depth.into(),
-                    limit: self.info.caps.max_completions.into(),
-                },
-            ));
-        }
+        let fits = self.info.caps.check_completions(completion_depth);
+        fits.map_err(|kind| self.error("open_context", kind))?;
         let listener = self.listener.lock().take();
         let Some(listener) = listener else {
             let kind = FabricErrorKind::Unavailable("the device's only context".into());
@@ -340,12 +317,4 @@ fn this_host() -> io::Result<Host> {
 fn short(host: &Host) -> String {
     let head = host.boot.iter().take(4);
     head.map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The kind for an error of the standard library.
-pub(super) fn os_error(error: &io::Error) -> FabricErrorKind {
-    error.raw_os_error().map_or_else(
-        || FabricErrorKind::Unavailable(error.to_string()),
-        FabricErrorKind::Os,
-    )
 }

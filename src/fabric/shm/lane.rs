@@ -1,20 +1,17 @@
 //! One lane: its phase, its queues, and how it fails. Driven by the context's thread.
 
-use std::{
-    collections::VecDeque,
-    os::fd::OwnedFd,
-    time::{Duration, Instant},
-};
+use std::{os::fd::OwnedFd, time::Instant};
 
 use super::{
     super::{
-        Completion, CompletionKind, FabricErrorKind, LaneConfig, LaneId, Sge, Status, WorkRequest,
+        Completion, FabricErrorKind, LaneConfig, LaneId, Sge, Status, WorkRequest,
+        software::{Failure, ReceiveQueue, Timing, after},
     },
     copier::{Copier, CopyFault},
     files::{Mappings, PeerFiles},
     memory::{Intent, MemoryView},
     notes::{self, Notes},
-    requester::{Failure, Hold, Requester},
+    requester::{Hold, Requester},
     responder::{MAX_MESSAGE, Responder, Round, Surroundings},
     ring::{Outbox, PeerBox, Word, Words, stride, word},
     sys::{self, Process},
@@ -50,49 +47,6 @@ pub(super) enum Fault {
     },
     /// The peer has ended the lane; its state says why.
     Ended,
-}
-
-/// The receives of a lane and the immediates that consumed them.
-#[derive(Debug)]
-pub(super) struct ReceiveQueue {
-    depth: u32,
-    /// Posted and not consumed.
-    pub(super) posted: u32,
-    /// Posted ever: the peer's credit.
-    granted: u64,
-    imms: VecDeque<u32>,
-}
-
-impl ReceiveQueue {
-    pub(super) fn new(depth: u32) -> Self {
-        Self {
-            depth,
-            posted: depth,
-            granted: depth.into(),
-            imms: VecDeque::with_capacity(depth as usize),
-        }
-    }
-
-    /// Adds receives; the depth if there is no room for them.
-    fn post(&mut self, count: u32) -> Result<(), u32> {
-        let used = self.posted as usize + self.imms.len();
-        if used + count as usize > self.depth as usize {
-            return Err(self.depth);
-        }
-        self.posted += count;
-        self.granted += u64::from(count);
-        Ok(())
-    }
-
-    /// Consumes one receive; `false` if none is posted.
-    pub(super) fn consume(&mut self, imm: u32) -> bool {
-        let Some(left) = self.posted.checked_sub(1) else {
-            return false;
-        };
-        self.posted = left;
-        self.imms.push_back(imm);
-        true
-    }
 }
 
 /// What a connected lane has of its peer.
@@ -177,7 +131,7 @@ impl Lane {
         };
         let receives = ReceiveQueue::new(config.receive_depth);
         let outbox = Outbox::new(geometry)?;
-        outbox.store(Word::Credit, receives.granted);
+        outbox.store(Word::Credit, receives.granted());
         Ok(Self {
             id,
             token,
@@ -303,7 +257,7 @@ impl Lane {
     /// Adds receives, of which the peer is told; the depth if there is no room for them.
     pub(super) fn post_receives(&mut self, count: u32) -> Result<(), u32> {
         self.receives.post(count)?;
-        self.outbox.store(Word::Credit, self.receives.granted);
+        self.outbox.store(Word::Credit, self.receives.granted());
         self.wake_peer();
         Ok(())
     }
@@ -677,8 +631,7 @@ impl Lane {
     pub(super) fn has_work(&self) -> bool {
         let failed = self.failure.is_some();
         self.requester.has_finished(failed)
-            || !self.receives.imms.is_empty()
-            || (failed && self.receives.posted > 0)
+            || self.receives.has_finished(failed)
             || (self.phase == Phase::Live
                 && (self.readable
                     || self.responder.is_busy()
@@ -736,22 +689,8 @@ impl Lane {
     pub(super) fn take_completions(&mut self, out: &mut Vec<Completion>, limit: usize) {
         self.requester
             .take(self.id, self.failure.as_mut(), out, limit);
-        while out.len() < limit {
-            let (imm, status) = if let Some(imm) = self.receives.imms.pop_front() {
-                (imm, Status::Success)
-            } else if self.failure.is_some() && self.receives.posted > 0 {
-                self.receives.posted -= 1;
-                (0, Status::Flushed)
-            } else {
-                return;
-            };
-            out.push(Completion {
-                lane: self.id,
-                kind: CompletionKind::Received { imm },
-                status,
-                vendor_error: 0,
-            });
-        }
+        let failed = self.failure.is_some();
+        self.receives.take(self.id, failed, out, limit);
     }
 }
 
@@ -775,18 +714,4 @@ fn read_fault(fault: CopyFault) -> Fault {
         CopyFault::Gone => Failure::lost(libc::ESRCH),
         CopyFault::NotAllowed(errno) | CopyFault::Exporter(errno) => Failure::os(errno),
     })
-}
-
-/// The instant `time` from now; none if that is beyond what the clock can tell.
-pub(super) fn after(time: Duration) -> Option<Instant> {
-    Instant::now().checked_add(time)
-}
-
-/// How long things may take.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Timing {
-    pub(super) connect: Duration,
-    pub(super) hello: Duration,
-    pub(super) rnr: Duration,
-    pub(super) peer: Duration,
 }

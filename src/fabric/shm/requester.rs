@@ -10,48 +10,13 @@ use std::collections::VecDeque;
 
 use super::{
     super::{
-        Completion, CompletionKind, FabricErrorKind, LaneConfig, LaneId, LocalKey, Opcode, Sge,
-        Status, WorkRequest,
+        Completion, FabricErrorKind, LaneConfig, LaneId, LocalKey, Opcode, Sge, WorkRequest,
+        software::{Failure, Finished},
     },
     memory::{InFile, Intent, MemoryView, Region, location},
     ring::{Descriptor, Outbox, Word},
     wire::{MAX_READS, Op, SIGNALED, pack},
 };
-
-/// Why a lane failed: what its first unfinished request completes with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Failure {
-    pub(super) status: Status,
-    /// The errno, 0 if there is none.
-    pub(super) vendor: u32,
-}
-
-impl Failure {
-    pub(super) fn new(status: Status) -> Self {
-        Self { status, vendor: 0 }
-    }
-
-    /// The peer is gone.
-    pub(super) fn lost(errno: i32) -> Self {
-        Self {
-            status: Status::RetryExceeded,
-            vendor: errno.unsigned_abs(),
-        }
-    }
-
-    /// The system refused.
-    pub(super) fn os(errno: i32) -> Self {
-        Self {
-            status: Status::Other(errno.unsigned_abs()),
-            vendor: errno.unsigned_abs(),
-        }
-    }
-
-    /// The peer broke the protocol.
-    pub(super) fn protocol() -> Self {
-        Self::os(libc::EPROTO)
-    }
-}
 
 /// What is kept of a posted request.
 #[derive(Clone, Copy, Debug)]
@@ -88,8 +53,7 @@ pub(super) struct Requester {
     max_message: u64,
     slots: Box<[Slot]>,
     sges: Box<[Sge]>,
-    /// The oldest request whose completion has not been taken.
-    head: u64,
+    finished: Finished,
     /// How many requests the peer has executed.
     done: u64,
     published: u64,
@@ -104,10 +68,6 @@ pub(super) struct Requester {
     taken: u64,
     /// How many reads were ever published.
     reads_published: u64,
-    /// Bindings and invalidations of windows, done and not yet taken. They share the slots with the requests.
-    local: VecDeque<u64>,
-    /// Whether a failed request has been taken; all later ones are flushed, whether executed or not.
-    broken: bool,
     /// The file that the last gather element was in, which the peer knows.
     last_file: u32,
 }
@@ -139,7 +99,7 @@ impl Requester {
             max_message,
             slots: vec![EMPTY; depth].into(),
             sges: vec![empty; depth * config.max_sge as usize].into(),
-            head: 0,
+            finished: Finished::new(depth),
             done: 0,
             published: 0,
             posted: 0,
@@ -149,8 +109,6 @@ impl Requester {
             taken_here: 0,
             taken: 0,
             reads_published: 0,
-            local: VecDeque::with_capacity(depth),
-            broken: false,
             last_file: 0,
         }
     }
@@ -278,19 +236,12 @@ impl Requester {
 
     /// An error if every slot is in use.
     pub(super) fn check_room(&self) -> Result<(), FabricErrorKind> {
-        let used = self.posted - self.head + self.local.len() as u64;
-        if used < self.slots.len() as u64 {
-            return Ok(());
-        }
-        Err(FabricErrorKind::QueueFull {
-            queue: "send queue",
-            depth: self.slots.len() as u32,
-        })
+        self.finished.check_room(self.posted, self.slots.len())
     }
 
     /// Takes a slot, which must be free, for something that is done already.
     pub(super) fn push_done(&mut self, id: u64) {
-        self.local.push_back(id);
+        self.finished.push_done(id);
     }
 
     /// A file is not known to the peer any more.
@@ -429,7 +380,8 @@ impl Requester {
 
     /// Whether [`Requester::take`] would make progress.
     pub(super) fn has_finished(&self, failed: bool) -> bool {
-        !self.local.is_empty() || (self.head < self.posted && (failed || self.head < self.done))
+        let head = self.finished.head();
+        self.finished.has_local() || (head < self.posted && (failed || head < self.done))
     }
 
     /// Appends finished requests to `out` while it is shorter than `limit`. Once the lane has failed, `failure` holds
@@ -441,37 +393,16 @@ impl Requester {
         out: &mut Vec<Completion>,
         limit: usize,
     ) {
-        while out.len() < limit
-            && let Some(id) = self.local.pop_front()
-        {
-            out.push(Completion {
-                lane,
-                kind: CompletionKind::Sent { id },
-                status: Status::Success,
-                vendor_error: 0,
-            });
-        }
-        while self.head < self.posted && out.len() < limit {
-            let Some(slot) = self.slot(self.head).copied() else {
+        self.finished.take_local(lane, out, limit);
+        while self.finished.head() < self.posted && out.len() < limit {
+            let head = self.finished.head();
+            let Some(slot) = self.slot(head).copied() else {
                 return;
             };
-            let (status, vendor_error) = if !self.broken && self.head < self.done {
-                (Status::Success, 0)
-            } else if let Some(failure) = failure.as_deref_mut() {
-                self.broken = true;
-                let first = std::mem::replace(failure, Failure::new(Status::Flushed));
-                (first.status, first.vendor)
-            } else {
+            let oldest = (slot.id, slot.signaled, head < self.done);
+            let failure = failure.as_deref_mut();
+            if !self.finished.take_oldest(lane, oldest, failure, out) {
                 return;
-            };
-            self.head += 1;
-            if slot.signaled || status != Status::Success {
-                out.push(Completion {
-                    lane,
-                    kind: CompletionKind::Sent { id: slot.id },
-                    status,
-                    vendor_error,
-                });
             }
         }
     }

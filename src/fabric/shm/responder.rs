@@ -14,13 +14,16 @@
 use std::collections::VecDeque;
 
 use super::{
-    super::{LaneId, registry::Found},
+    super::{
+        LaneId,
+        registry::Found,
+        software::{Failure, ReceiveQueue},
+    },
     copier::{Copier, CopyFault},
     files::PeerFiles,
-    lane::{Fault, ReceiveQueue},
+    lane::Fault,
     memory::{Intent, MemoryView, Own, location},
     notes::Notes,
-    requester::Failure,
     ring::{Outbox, PeerBox, Word},
     sys::Process,
     wire::{Location, MAX_READS, Op, Refusal, SIGNALED, unpack},
@@ -237,7 +240,7 @@ impl Responder {
                 return Ok(false);
             }
             Op::WriteImm(imm) => {
-                if around.receives.posted <= self.staged_imms {
+                if around.receives.posted() <= self.staged_imms {
                     return Err(Stop::Refuse(Refusal::NoReceive));
                 }
                 Some(imm)

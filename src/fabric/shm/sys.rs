@@ -7,27 +7,9 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr::{self, NonNull},
-    time::Duration,
 };
 
-/// A piece of memory for the kernel, layout-compatible with `struct iovec`. An address rather than a pointer: pages
-/// are never accessed through references.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub(super) struct Iov {
-    pub(super) address: usize,
-    pub(super) length: usize,
-}
-
-const _: () = assert!(
-    size_of::<Iov>() == size_of::<libc::iovec>()
-        && align_of::<Iov>() == align_of::<libc::iovec>()
-        && std::mem::offset_of!(Iov, address) == std::mem::offset_of!(libc::iovec, iov_base)
-        && std::mem::offset_of!(Iov, length) == std::mem::offset_of!(libc::iovec, iov_len)
-);
-
-/// Most pieces of one call (`IOV_MAX` of Linux).
-pub(super) const IOV_MAX: usize = 1024;
+use super::super::software::{IOV_MAX, Iov};
 
 /// `SO_PEERPIDFD` of Linux 6.5 (`asm-generic/socket.h`, which x86, Arm and RISC-V use).
 const SO_PEERPIDFD: libc::c_int = 77;
@@ -455,38 +437,5 @@ pub(super) unsafe fn copy(source: u64, destination: u64, length: usize) {
             ptr::with_exposed_provenance(source as usize),
             length,
         );
-    }
-}
-
-/// A one-shot timer whose descriptor becomes readable when it expires (`timerfd_create(2)`).
-#[derive(Debug)]
-pub(super) struct Timer(OwnedFd);
-
-impl Timer {
-    pub(super) fn new() -> io::Result<Self> {
-        let flags = libc::TFD_NONBLOCK | libc::TFD_CLOEXEC;
-        // SAFETY: no pointers.
-        owned(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) }).map(Self)
-    }
-
-    /// Fires once, `after` from now.
-    pub(super) fn set(&self, after: Duration) -> io::Result<()> {
-        // A zero value would disarm it.
-        let after = after.max(Duration::from_nanos(1));
-        // SAFETY: all zeros is a valid itimerspec.
-        let mut spec: libc::itimerspec = unsafe { std::mem::zeroed() };
-        spec.it_value.tv_sec = after.as_secs().try_into().unwrap_or(libc::time_t::MAX);
-        spec.it_value.tv_nsec = after.subsec_nanos().into();
-        // SAFETY: `spec` lives through the call; the old value is not asked for.
-        let result = unsafe {
-            libc::timerfd_settime(self.0.as_raw_fd(), 0, &raw const spec, ptr::null_mut())
-        };
-        check(result).map(|_| ())
-    }
-}
-
-impl AsRawFd for Timer {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
     }
 }

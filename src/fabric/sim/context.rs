@@ -128,20 +128,8 @@ impl Context for SimContext {
     fn create_lane(&mut self, config: &LaneConfig) -> Result<(LaneId, LaneAddress), FabricError> {
         const OPERATION: &str = "create lane";
         let mut world = self.world(OPERATION)?;
-        let caps = &world.config.caps;
-        for (what, value, limit) in [
-            ("send depth", config.send_depth, caps.max_send_depth),
-            (
-                "receive depth",
-                config.receive_depth,
-                caps.max_receive_depth,
-            ),
-            ("gather elements", config.max_sge, caps.max_sge),
-            ("inline bytes", config.max_inline, caps.max_inline),
-        ] {
-            self.device
-                .limit(OPERATION, what, value.into(), limit.into())?;
-        }
+        let fits = world.config.caps.check_lane(config);
+        fits.map_err(|kind| self.device.error(OPERATION, kind))?;
         let exhausted = || {
             self.device
                 .error(OPERATION, FabricErrorKind::Os(libc::ENOMEM))

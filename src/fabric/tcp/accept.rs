@@ -8,11 +8,13 @@ use std::{io, os::fd::AsRawFd, time::Duration};
 use mio::{Interest, Token as Key, net::TcpStream};
 
 use super::{
-    super::LaneId,
+    super::{
+        LaneId,
+        software::{Failure, after, make_room},
+    },
     context::{TcpContext, lane_key},
     greet::{Greeting, Pending, Progress},
-    lane::{Phase, after},
-    send::Failure,
+    lane::Phase,
     sys,
     wire::{Hello, same_token},
 };
@@ -45,16 +47,9 @@ impl TcpContext {
     }
 
     fn add_pending(&mut self, mut stream: TcpStream) {
-        if self.pending.len() >= self.device.config().max_pending {
-            // The one that has been silent longest makes room; those that named a lane stay.
-            let silent = self
-                .pending
-                .iter()
-                .find(|(_, pending)| pending.hello.is_none());
-            match silent.map(|(key, _)| *key) {
-                Some(key) => drop(self.pending.remove(&key)),
-                None => return,
-            }
+        let most = self.device.config().max_pending;
+        if !make_room(&mut self.pending, most, |pending| pending.hello.is_none()) {
+            return;
         }
         let key = self.next_pending;
         self.next_pending += 1;

@@ -19,13 +19,12 @@ use super::{
     super::{
         Completion, Context, Device, FabricError, FabricErrorKind, LaneAddress, LaneConfig, LaneId,
         MrId, PostError, Sge, Status, Window, WindowBind, WindowId, WorkRequest,
+        software::{Alarm, Failure, Timing, after, os_error},
     },
-    device::{TcpDevice, os_error},
+    device::TcpDevice,
     greet::Pending,
-    lane::{Lane, Phase, Timing, after},
+    lane::{Lane, Phase},
     memory::MemoryView,
-    send::Failure,
-    sys::Timer,
     wire::{Token, decode_address, encode_address, same_token},
 };
 
@@ -50,9 +49,7 @@ pub(super) struct TcpContext {
     pub(super) listener: TcpListener,
     pub(super) listener_ready: bool,
     pub(super) listener_pause: Option<Instant>,
-    timer: Timer,
-    /// When the timer fires.
-    timer_at: Option<Instant>,
+    alarm: Alarm,
     memory: MemoryView,
     pub(super) lanes: HashMap<LaneId, Box<Lane>>,
     next_lane: u32,
@@ -69,12 +66,12 @@ impl TcpContext {
     ) -> Result<Self, FabricError> {
         let failed = |operation, error: &io::Error| device.error(operation, os_error(error));
         let poll = Poll::new().map_err(|e| failed("epoll_create1", &e))?;
-        let timer = Timer::new().map_err(|e| failed("timerfd_create", &e))?;
+        let alarm = Alarm::new().map_err(|e| failed("timerfd_create", &e))?;
         let registry = poll.registry();
         registry
             .register(&mut listener, LISTENER, Interest::READABLE)
             .and_then(|()| {
-                registry.register(&mut SourceFd(&timer.as_raw_fd()), TIMER, Interest::READABLE)
+                registry.register(&mut SourceFd(&alarm.as_raw_fd()), TIMER, Interest::READABLE)
             })
             .map_err(|e| failed("epoll_ctl", &e))?;
         let config = device.config();
@@ -92,8 +89,7 @@ impl TcpContext {
             listener,
             listener_ready: false,
             listener_pause: None,
-            timer,
-            timer_at: None,
+            alarm,
             lanes: HashMap::new(),
             next_lane: 1,
             ready: VecDeque::new(),
@@ -119,14 +115,7 @@ impl TcpContext {
 
     /// Makes sure that the timer fires no later than `at`.
     pub(super) fn schedule(&mut self, at: Option<Instant>) {
-        let Some(at) = at else { return };
-        if self.timer_at.is_none_or(|current| at < current) {
-            self.timer_at = Some(at);
-            if let Err(error) = self.timer.set(at.saturating_duration_since(Instant::now())) {
-                // Only possible with an invalid descriptor or time; deadlines are then found by later polls.
-                tracing::warn!(%error, "timerfd_settime");
-            }
-        }
+        self.alarm.no_later_than(at);
     }
 
     /// Has the next poll service lane `id`.
@@ -173,12 +162,9 @@ impl TcpContext {
 
     /// Handles deadlines if the timer should have fired.
     fn expire(&mut self) {
-        let Some(at) = self.timer_at else { return };
-        let now = Instant::now();
-        if now < at {
+        let Some(now) = self.alarm.ring() else {
             return;
-        }
-        self.timer_at = None;
+        };
         if self.listener_pause.is_some_and(|until| until <= now) {
             self.listener_pause = None;
             self.listener_ready = true;
@@ -252,28 +238,6 @@ impl TcpContext {
             self.enqueue(lane);
         }
     }
-
-    fn check_config(&self, config: &LaneConfig) -> Result<(), FabricError> {
-        let caps = &self.device.info().caps;
-        let limits = [
-            ("send depth", config.send_depth, caps.max_send_depth),
-            (
-                "receive depth",
-                config.receive_depth,
-                caps.max_receive_depth,
-            ),
-            ("gather elements", config.max_sge, caps.max_sge),
-            ("inline bytes", config.max_inline, caps.max_inline),
-        ];
-        for (what, value, limit) in limits {
-            if value > limit {
-                let (value, limit) = (value.into(), limit.into());
-                let kind = FabricErrorKind::Limit { what, value, limit };
-                return Err(self.device.error("create_lane", kind));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The key of a lane's socket in the epoll set.
@@ -283,14 +247,8 @@ pub(super) fn lane_key(id: LaneId) -> Key {
 
 impl Context for TcpContext {
     fn deregister(&mut self, mr: MrId) -> Result<(), FabricError> {
-        if self.memory.has_windows(mr) {
-            let kind = FabricErrorKind::Os(libc::EBUSY);
-            return Err(self.device.error("deregister", kind));
-        }
-        let Some(region) = self.memory.remove(mr) else {
-            let kind = FabricErrorKind::Memory(format!("no registration {}", mr.0));
-            return Err(self.device.error("deregister", kind));
-        };
+        let region = self.memory.deregister(mr);
+        let region = region.map_err(|kind| self.device.error("deregister", kind))?;
         // Frames that arrive for it are refused from here on. A train that is being sent from it must not go on.
         let mut failed = Vec::new();
         for lane in self.lanes.values_mut() {
@@ -306,7 +264,8 @@ impl Context for TcpContext {
     }
 
     fn create_lane(&mut self, config: &LaneConfig) -> Result<(LaneId, LaneAddress), FabricError> {
-        self.check_config(config)?;
+        let fits = self.device.info().caps.check_lane(config);
+        fits.map_err(|kind| self.device.error("create_lane", kind))?;
         let id = LaneId(self.next_lane);
         let Some(next) = self.next_lane.checked_add(1) else {
             let kind = FabricErrorKind::Unavailable("all lane numbers have been used".into());
@@ -402,17 +361,9 @@ impl Context for TcpContext {
     fn bind_window(&mut self, lane: LaneId, bind: &WindowBind) -> Result<Window, FabricError> {
         const OPERATION: &str = "bind a window";
         self.check_windows_of(OPERATION, lane)?;
-        let max = self.device.info().caps.windows.map_or(0, |caps| caps.max);
-        let value = self.memory.windows() as u64 + 1;
-        if value > u64::from(max) {
-            let (what, limit) = ("number of windows", max.into());
-            let kind = FabricErrorKind::Limit { what, value, limit };
-            return Err(self.device.error(OPERATION, kind));
-        }
-        let window = self.memory.bind(lane, bind).map_err(|why| {
-            let kind = FabricErrorKind::Memory(why.to_owned());
-            self.device.error(OPERATION, kind)
-        })?;
+        let caps = self.device.info().caps.windows.as_ref();
+        let window = self.memory.bind(lane, bind, caps);
+        let window = window.map_err(|kind| self.device.error(OPERATION, kind))?;
         self.window_done(lane, bind.id);
         Ok(window)
     }
@@ -426,11 +377,8 @@ impl Context for TcpContext {
     ) -> Result<(), FabricError> {
         const OPERATION: &str = "invalidate a window";
         self.check_windows_of(OPERATION, lane)?;
-        if !self.memory.is_window_of(lane, window) {
-            let kind = FabricErrorKind::Memory(format!("no window {}", window.0));
-            return Err(self.device.error(OPERATION, kind));
-        }
-        let readable = self.memory.unbind(window);
+        let readable = self.memory.unbind(lane, window);
+        let readable = readable.map_err(|kind| self.device.error(OPERATION, kind))?;
         self.window_done(lane, id);
         // An answer that is being sent from it must not go on.
         if let Some(range) = readable
@@ -451,7 +399,7 @@ impl Context for TcpContext {
             let kind = FabricErrorKind::QueueFull { queue, depth };
             return Err(self.device.error("post_receives", kind));
         }
-        if state.receives.credit_due() || state.failure.is_some() {
+        if state.is_credit_due() || state.failure.is_some() {
             state.flush_posted(&mut self.memory, &self.timing);
             let (deadline, work) = (state.next_deadline(), state.has_work());
             self.schedule(deadline);

@@ -14,6 +14,7 @@ use super::{
     super::{
         Access, Capabilities, Context, Device, DeviceInfo, DmabufRange, FabricError,
         FabricErrorKind, FabricKind, LinkState, MemoryKeys, WindowCaps, mapping::Mapping,
+        software::os_error,
     },
     context::TcpContext,
     memory::Registry,
@@ -154,14 +155,7 @@ impl TcpDevice {
         mapping: Option<Mapping>,
     ) -> Result<MemoryKeys, FabricError> {
         let keys = self.registry.insert(address, length, access, mapping, ());
-        keys.ok_or_else(|| {
-            let kind = FabricErrorKind::Limit {
-                what: "registrations since the device was opened",
-                value: 1 << 31,
-                limit: (1 << 31) - 1,
-            };
-            self.error(operation, kind)
-        })
+        keys.map_err(|kind| self.error(operation, kind))
     }
 
     pub(super) fn error(&self, operation: &'static str, kind: FabricErrorKind) -> FabricError {
@@ -186,19 +180,8 @@ impl Device for TcpDevice {
         length: u64,
         access: Access,
     ) -> Result<MemoryKeys, FabricError> {
-        let refuse = |kind| Err(self.error("register", kind));
-        if length > self.info.caps.max_mr {
-            return refuse(FabricErrorKind::Limit {
-                what: "registration length",
-                value: length,
-                limit: self.info.caps.max_mr,
-            });
-        }
-        if address == 0 || length == 0 || address.checked_add(length).is_none() {
-            return refuse(FabricErrorKind::Memory(format!(
-                "{length} bytes at {address:#x} are no memory"
-            )));
-        }
+        let fits = self.info.caps.check_range(address, length);
+        fits.map_err(|kind| self.error("register", kind))?;
         self.insert("register", address, length, access, None)
     }
 
@@ -226,16 +209,8 @@ impl Device for TcpDevice {
         self: Arc<Self>,
         completion_depth: u32,
     ) -> Result<Box<dyn Context>, FabricError> {
-        if completion_depth > self.info.caps.max_completions {
-            return Err(self.error(
-                "open_context",
-                FabricErrorKind::Limit {
-                    what: "completion depth",
-                    value: completion_depth.into(),
-                    limit: self.info.caps.max_completions.into(),
-                },
-            ));
-        }
+        let fits = self.info.caps.check_completions(completion_depth);
+        fits.map_err(|kind| self.error("open_context", kind))?;
         let listener = self.listener.lock().take();
         let Some(listener) = listener else {
             let kind = FabricErrorKind::Unavailable("the device's only context".into());
@@ -243,12 +218,4 @@ impl Device for TcpDevice {
         };
         Ok(Box::new(TcpContext::new(self, listener)?))
     }
-}
-
-/// The kind for an error of the standard library.
-pub(super) fn os_error(error: &io::Error) -> FabricErrorKind {
-    error.raw_os_error().map_or_else(
-        || FabricErrorKind::Unavailable(error.to_string()),
-        FabricErrorKind::Os,
-    )
 }

@@ -11,8 +11,8 @@ use std::{
 use mio::net::TcpStream;
 
 use super::{
+    super::software::Failure,
     lane::{Fault, Lane, Phase},
-    send::Failure,
     wire::{Hello, same_token},
 };
 

@@ -1,19 +1,21 @@
 //! One lane: its phase, its queues, and how it fails. Driven by the context's thread.
 
 use std::{
-    collections::VecDeque,
     os::fd::{AsRawFd, RawFd},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use mio::net::TcpStream;
 
 use super::{
-    super::{Completion, CompletionKind, LaneConfig, LaneId, Status},
+    super::{
+        Completion, LaneConfig, LaneId, Status,
+        software::{Failure, ReceiveQueue, Timing, after},
+    },
     greet::Greeting,
     memory::MemoryView,
     receive::Receiver,
-    send::{Failure, SendQueue},
+    send::SendQueue,
     transmit::Transmitter,
     wire::{Hello, Refusal, Token},
 };
@@ -49,63 +51,6 @@ pub(super) enum Fault {
     Refuse { sequence: u64, why: Refusal },
 }
 
-/// The receives of a lane and the immediates that consumed them.
-#[derive(Debug)]
-pub(super) struct ReceiveQueue {
-    depth: u32,
-    /// Posted and not consumed.
-    pub(super) posted: u32,
-    /// Posted ever: the peer's credit.
-    pub(super) granted: u64,
-    /// The last credit told to the peer.
-    pub(super) advertised: u64,
-    /// Consumed ever.
-    consumed: u64,
-    imms: VecDeque<u32>,
-}
-
-impl ReceiveQueue {
-    fn new(depth: u32) -> Self {
-        Self {
-            depth,
-            posted: depth,
-            granted: depth.into(),
-            advertised: depth.into(),
-            consumed: 0,
-            imms: VecDeque::with_capacity(depth as usize),
-        }
-    }
-
-    /// Adds receives; the depth if there is no room for them.
-    pub(super) fn post(&mut self, count: u32) -> Result<(), u32> {
-        let used = self.posted as usize + self.imms.len();
-        if used + count as usize > self.depth as usize {
-            return Err(self.depth);
-        }
-        self.posted += count;
-        self.granted += u64::from(count);
-        Ok(())
-    }
-
-    /// Consumes one receive; `false` if none is posted.
-    pub(super) fn consume(&mut self, imm: u32) -> bool {
-        let Some(left) = self.posted.checked_sub(1) else {
-            return false;
-        };
-        self.posted = left;
-        self.consumed += 1;
-        self.imms.push_back(imm);
-        true
-    }
-
-    /// Whether the peer should be told of new receives by a frame of its own: it may be waiting, or a fair part of the
-    /// queue is news to it.
-    pub(super) fn credit_due(&self) -> bool {
-        let news = self.granted - self.advertised;
-        news > 0 && (self.advertised == self.consumed || news >= u64::from(self.depth / 4).max(1))
-    }
-}
-
 /// See the module's description.
 #[derive(Debug)]
 pub(super) struct Lane {
@@ -123,6 +68,8 @@ pub(super) struct Lane {
     pub(super) queued: bool,
     pub(super) send: SendQueue,
     pub(super) receives: ReceiveQueue,
+    /// The last credit told to the peer.
+    pub(super) advertised: u64,
     pub(super) transmitter: Transmitter,
     pub(super) receiver: Receiver,
     /// The acceptor's hello, on the dialling side.
@@ -148,6 +95,7 @@ impl Lane {
             queued: false,
             send: SendQueue::new(config, max_message),
             receives: ReceiveQueue::new(config.receive_depth),
+            advertised: config.receive_depth.into(),
             transmitter: Transmitter::new(),
             receiver: Receiver::new(),
             greeting: Greeting::new(),
@@ -161,10 +109,15 @@ impl Lane {
         self.stream.as_ref().map(|stream| stream.as_raw_fd())
     }
 
+    /// Whether the peer should be told of new receives by a frame of its own.
+    pub(super) fn is_credit_due(&self) -> bool {
+        credit_due(&self.receives, self.advertised)
+    }
+
     /// Our first bytes to the peer.
     pub(super) fn hello(&mut self) -> Hello {
-        self.receives.advertised = self.receives.granted;
-        Hello::new(self.peer_token, self.token, self.receives.granted)
+        self.advertised = self.receives.granted();
+        Hello::new(self.peer_token, self.token, self.receives.granted())
     }
 
     /// The peer's hello has been checked: frames may flow.
@@ -284,30 +237,14 @@ impl Lane {
     /// Appends completions while `out` is shorter than `limit`.
     pub(super) fn take_completions(&mut self, out: &mut Vec<Completion>, limit: usize) {
         self.send.take(self.id, self.failure.as_mut(), out, limit);
-        while out.len() < limit {
-            let (imm, status) = if let Some(imm) = self.receives.imms.pop_front() {
-                (imm, Status::Success)
-            } else if self.failure.is_some() && self.receives.posted > 0 {
-                self.receives.posted -= 1;
-                (0, Status::Flushed)
-            } else {
-                return;
-            };
-            out.push(Completion {
-                lane: self.id,
-                kind: CompletionKind::Received { imm },
-                status,
-                vendor_error: 0,
-            });
-        }
+        let failed = self.failure.is_some();
+        self.receives.take(self.id, failed, out, limit);
     }
 
     /// Whether the next poll has something to do here.
     pub(super) fn has_work(&self) -> bool {
         let failed = self.failure.is_some();
-        let completions = self.send.has_finished(failed)
-            || !self.receives.imms.is_empty()
-            || (failed && self.receives.posted > 0);
+        let completions = self.send.has_finished(failed) || self.receives.has_finished(failed);
         completions
             || match self.phase {
                 Phase::Connecting => self.writable,
@@ -319,21 +256,15 @@ impl Lane {
     }
 }
 
-/// The instant `time` from now; none if that is beyond what the clock can tell.
-pub(super) fn after(time: Duration) -> Option<Instant> {
-    Instant::now().checked_add(time)
+/// Whether the peer, which was last told of `advertised` receives, should be told of new ones by a frame of its own: it
+/// may be waiting, or a fair part of the queue is news to it.
+pub(super) fn credit_due(receives: &ReceiveQueue, advertised: u64) -> bool {
+    let news = receives.granted() - advertised;
+    let consumed = receives.granted() - u64::from(receives.posted());
+    news > 0 && (advertised == consumed || news >= u64::from(receives.depth() / 4).max(1))
 }
 
 /// Trains sent in one service of a lane, so that lanes share the thread fairly.
 const SERVICE_TRAINS: usize = 4;
 /// Trains sent from within a post.
 const POST_TRAINS: usize = 4;
-
-/// How long things may take.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Timing {
-    pub(super) connect: Duration,
-    pub(super) hello: Duration,
-    pub(super) rnr: Duration,
-    pub(super) peer: Duration,
-}

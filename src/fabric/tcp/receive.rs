@@ -12,11 +12,12 @@ use super::{
     super::{
         Opcode, Status,
         mapping::{Brackets, Touch},
+        software::{Failure, IOV_MAX, Iov},
     },
     lane::{Fault, Lane, Phase},
     memory::{Intent, MemoryView},
-    send::{Failure, Gather, pieces},
-    sys::{self, IOV_MAX, Iov},
+    send::{Gather, pieces},
+    sys,
     transmit::Serving,
     wire::{FLAG_ACK, Header, Op, Refusal, TRAIN},
 };
@@ -185,7 +186,7 @@ impl Lane {
                     // Nothing more to wait for: tell the peer of what was executed.
                     self.transmitter.owe_ack();
                 }
-                if self.receives.credit_due() {
+                if self.is_credit_due() {
                     self.transmitter.dirty = true;
                 }
                 Ok(())

@@ -7,51 +7,13 @@ use std::collections::VecDeque;
 
 use super::{
     super::{
-        Completion, CompletionKind, FabricErrorKind, LaneConfig, LaneId, LocalKey, Opcode, Sge,
-        Status, WorkRequest,
+        Completion, FabricErrorKind, LaneConfig, LaneId, LocalKey, Opcode, Sge, WorkRequest,
+        software::{Failure, Finished},
     },
     memory::{Intent, MemoryView},
     sys,
     wire::MAX_READS,
 };
-
-/// Why a lane failed: what its first unfinished request completes with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Failure {
-    pub(super) status: Status,
-    /// The errno, 0 if there is none.
-    pub(super) vendor: u32,
-}
-
-impl Failure {
-    pub(super) fn new(status: Status) -> Self {
-        Self { status, vendor: 0 }
-    }
-
-    /// The peer or the path to it is gone.
-    pub(super) fn lost(errno: i32) -> Self {
-        Self {
-            status: Status::RetryExceeded,
-            vendor: errno.unsigned_abs(),
-        }
-    }
-
-    /// The exporter of a dmabuf did not let the CPU at it.
-    pub(super) fn of_memory(error: &std::io::Error) -> Self {
-        Self {
-            status: Status::LocalProtection,
-            vendor: error.raw_os_error().unwrap_or(libc::EIO).unsigned_abs(),
-        }
-    }
-
-    /// The peer broke the protocol.
-    pub(super) fn protocol() -> Self {
-        Self {
-            status: Status::Other(libc::EPROTO.unsigned_abs()),
-            vendor: libc::EPROTO.unsigned_abs(),
-        }
-    }
-}
 
 /// A posted request.
 #[derive(Clone, Copy, Debug)]
@@ -88,8 +50,7 @@ pub(super) struct SendQueue {
     slots: Box<[Slot]>,
     sges: Box<[Sge]>,
     inline: Box<[u8]>,
-    /// The oldest request whose completion has not been taken.
-    head: u64,
+    finished: Finished,
     /// The number of the next post.
     tail: u64,
     /// The next request to transmit.
@@ -102,10 +63,6 @@ pub(super) struct SendQueue {
     reads: VecDeque<u64>,
     /// How much of the oldest one has been placed.
     read_offset: u32,
-    /// Bindings and invalidations of windows, done and not yet taken. They share the slots with the requests.
-    local: VecDeque<u64>,
-    /// Whether a failed request has been taken; all later ones are flushed, whether executed or not.
-    broken: bool,
 }
 
 impl SendQueue {
@@ -123,15 +80,13 @@ impl SendQueue {
             slots: vec![EMPTY; depth].into(),
             sges: vec![empty_sge; depth * config.max_sge as usize].into(),
             inline: vec![0; depth * config.max_inline as usize].into(),
-            head: 0,
+            finished: Finished::new(depth),
             tail: 0,
             sent: 0,
             sent_offset: 0,
             acked: 0,
             reads: VecDeque::with_capacity(MAX_READS),
             read_offset: 0,
-            local: VecDeque::with_capacity(depth),
-            broken: false,
         }
     }
 
@@ -220,19 +175,12 @@ impl SendQueue {
 
     /// An error if every slot is in use.
     pub(super) fn check_room(&self) -> Result<(), FabricErrorKind> {
-        let used = self.tail - self.head + self.local.len() as u64;
-        if used < self.slots.len() as u64 {
-            return Ok(());
-        }
-        Err(FabricErrorKind::QueueFull {
-            queue: "send queue",
-            depth: self.slots.len() as u32,
-        })
+        self.finished.check_room(self.tail, self.slots.len())
     }
 
     /// Takes a slot, which must be free, for something that is done already.
     pub(super) fn push_done(&mut self, id: u64) {
-        self.local.push_back(id);
+        self.finished.push_done(id);
     }
 
     /// The next request to transmit.
@@ -311,7 +259,7 @@ impl SendQueue {
 
     /// Whether nothing posted is unfinished before the request at `sent`.
     pub(super) fn all_sent_done(&self) -> bool {
-        (self.head..self.sent).all(|sequence| self.is_done(sequence))
+        (self.finished.head()..self.sent).all(|sequence| self.is_done(sequence))
     }
 
     fn is_done(&self, sequence: u64) -> bool {
@@ -329,7 +277,8 @@ impl SendQueue {
 
     /// Whether [`SendQueue::take`] would make progress.
     pub(super) fn has_finished(&self, failed: bool) -> bool {
-        !self.local.is_empty() || (self.head < self.tail && (failed || self.is_done(self.head)))
+        let head = self.finished.head();
+        self.finished.has_local() || (head < self.tail && (failed || self.is_done(head)))
     }
 
     /// Appends finished requests to `out` while it is shorter than `limit`. Once the lane has failed, `failure` holds
@@ -337,44 +286,20 @@ impl SendQueue {
     pub(super) fn take(
         &mut self,
         lane: LaneId,
-        failure: Option<&mut Failure>,
+        mut failure: Option<&mut Failure>,
         out: &mut Vec<Completion>,
         limit: usize,
     ) {
-        while out.len() < limit
-            && let Some(id) = self.local.pop_front()
-        {
-            out.push(Completion {
-                lane,
-                kind: CompletionKind::Sent { id },
-                status: Status::Success,
-                vendor_error: 0,
-            });
-        }
-        let mut failure = failure;
-        while self.head < self.tail && out.len() < limit {
-            let Some(slot) = self.slot(self.head) else {
+        self.finished.take_local(lane, out, limit);
+        while self.finished.head() < self.tail && out.len() < limit {
+            let head = self.finished.head();
+            let Some(slot) = self.slot(head) else {
                 return;
             };
-            let (status, vendor_error) = if !self.broken && self.is_done(self.head) {
-                (Status::Success, 0)
-            } else if let Some(failure) = failure.as_deref_mut() {
-                self.broken = true;
-                let first = std::mem::replace(failure, Failure::new(Status::Flushed));
-                (first.status, first.vendor)
-            } else {
+            let oldest = (slot.request.id, slot.request.signaled, self.is_done(head));
+            let failure = failure.as_deref_mut();
+            if !self.finished.take_oldest(lane, oldest, failure, out) {
                 return;
-            };
-            self.head += 1;
-            if slot.request.signaled || status != Status::Success {
-                out.push(Completion {
-                    lane,
-                    kind: CompletionKind::Sent {
-                        id: slot.request.id,
-                    },
-                    status,
-                    vendor_error,
-                });
             }
         }
     }

@@ -1,29 +1,8 @@
 //! The system calls of the TCP fabric. All of its `unsafe` that touches the operating system is here.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-    time::Duration,
-};
+use std::{io, os::fd::RawFd, time::Duration};
 
-/// A piece of memory for the kernel, layout-compatible with `struct iovec`. An address rather than a pointer: pages
-/// are never accessed from Rust.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub(super) struct Iov {
-    pub(super) address: usize,
-    pub(super) length: usize,
-}
-
-const _: () = assert!(
-    size_of::<Iov>() == size_of::<libc::iovec>()
-        && align_of::<Iov>() == align_of::<libc::iovec>()
-        && std::mem::offset_of!(Iov, address) == std::mem::offset_of!(libc::iovec, iov_base)
-        && std::mem::offset_of!(Iov, length) == std::mem::offset_of!(libc::iovec, iov_len)
-);
-
-/// Most pieces of one call (`IOV_MAX` of Linux).
-pub(super) const IOV_MAX: usize = 1024;
+use super::super::software::{IOV_MAX, Iov};
 
 /// Reads into `pieces` in order; 0 is the end of the stream.
 ///
@@ -127,55 +106,4 @@ pub(super) fn tune_socket(
         (seconds / 4).max(1),
     )?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 2)
-}
-
-/// A one-shot timer whose descriptor becomes readable when it expires (`timerfd_create(2)`).
-#[derive(Debug)]
-pub(super) struct Timer(OwnedFd);
-
-impl Timer {
-    pub(super) fn new() -> io::Result<Self> {
-        // SAFETY: no pointers.
-        let fd = unsafe {
-            libc::timerfd_create(
-                libc::CLOCK_MONOTONIC,
-                libc::TFD_NONBLOCK | libc::TFD_CLOEXEC,
-            )
-        };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    /// Fires once, `after` from now.
-    pub(super) fn set(&self, after: Duration) -> io::Result<()> {
-        // A zero value would disarm it.
-        let after = after.max(Duration::from_nanos(1));
-        let spec = libc::itimerspec {
-            it_interval: libc::timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            },
-            it_value: libc::timespec {
-                tv_sec: after.as_secs().try_into().unwrap_or(libc::time_t::MAX),
-                tv_nsec: after.subsec_nanos().into(),
-            },
-        };
-        // SAFETY: `spec` lives through the call; the old value is not asked for.
-        let rc =
-            unsafe { libc::timerfd_settime(self.0.as_raw_fd(), 0, &spec, std::ptr::null_mut()) };
-        if rc == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    }
-}
-
-impl AsRawFd for Timer {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
 }

@@ -11,11 +11,12 @@ use super::{
     super::{
         LaneId, Opcode, Status,
         mapping::{Brackets, Touch},
+        software::{Failure, Iov, ReceiveQueue, Timing, after},
     },
-    lane::{Fault, Lane, Phase, ReceiveQueue, Timing, after},
+    lane::{Fault, Lane, Phase, credit_due},
     memory::{Intent, MemoryView, Region},
-    send::{Failure, Gather, SendQueue, pieces},
-    sys::{self, Iov},
+    send::{Gather, SendQueue, pieces},
+    sys,
     wire::{FLAG_ACK, Header, MAX_READS, Op, Refusal, TRAIN, TRAIN_BYTES},
 };
 
@@ -143,7 +144,8 @@ impl Transmitter {
     fn build(
         &mut self,
         send: &mut SendQueue,
-        receives: &mut ReceiveQueue,
+        receives: &ReceiveQueue,
+        advertised: &mut u64,
         memory: &mut MemoryView,
         lane: LaneId,
     ) -> Result<bool, Fault> {
@@ -171,7 +173,7 @@ impl Transmitter {
             self.headers.push(header);
             self.refused = true;
         }
-        let owes = self.ack_due && self.told < self.executed || receives.credit_due();
+        let owes = self.ack_due && self.told < self.executed || credit_due(receives, *advertised);
         if self.headers.is_empty() && owes {
             self.headers.push(Header::new(Op::Ack, 0));
         }
@@ -182,13 +184,13 @@ impl Transmitter {
         }
         self.ack_due = false;
         self.told = self.executed;
-        receives.advertised = receives.granted;
+        *advertised = receives.granted();
         let mut follow = self.headers.len() as u16;
         for header in &mut self.headers {
             follow -= 1;
             header.follow = follow.into();
             header.ack = self.executed.into();
-            header.credit = receives.granted.into();
+            header.credit = receives.granted().into();
         }
         let bytes = self.headers.as_slice().as_bytes();
         if let Some(first) = self.pieces.first_mut() {
@@ -404,7 +406,13 @@ impl Lane {
                     break;
                 }
                 built += 1;
-                if !transmitter.build(&mut self.send, &mut self.receives, memory, self.id)? {
+                if !transmitter.build(
+                    &mut self.send,
+                    &self.receives,
+                    &mut self.advertised,
+                    memory,
+                    self.id,
+                )? {
                     break;
                 }
             }

@@ -259,19 +259,8 @@ impl Context for VerbsContext {
         const CALL: &str = "create_lane";
         self.check_fatal(CALL)?;
         let place = self.place();
-        let caps = &self.device.info_ref().caps;
-        for (what, value, limit) in [
-            ("send depth", config.send_depth, caps.max_send_depth),
-            (
-                "receive depth",
-                config.receive_depth,
-                caps.max_receive_depth,
-            ),
-            ("gather elements", config.max_sge, caps.max_sge),
-            ("inline bytes", config.max_inline, caps.max_inline),
-        ] {
-            place.limit(CALL, what, u64::from(value), u64::from(limit))?;
-        }
+        let fits = self.device.info_ref().caps.check_lane(config);
+        fits.map_err(|kind| place.error(CALL, kind))?;
         if let Some(shared) = &self.srq {
             let promised = self
                 .lanes

@@ -12,7 +12,7 @@ use super::{
         ShmConfig,
         copier::{Copier, CopyFault},
         files::{Mappings, PeerFiles},
-        lane::{Fault, ReceiveQueue},
+        lane::Fault,
         memory::{MemoryView, Own, Registry},
         notes::Notes,
         responder::{Responder, Surroundings},
@@ -23,7 +23,10 @@ use super::{
     GEOMETRY, HOST, LANE, PAGE, POISON, Victim,
 };
 use crate::{
-    fabric::{Access, FileRange, LaneId, Opcode, Sge, Status, WorkRequest, registry::Found},
+    fabric::{
+        Access, FileRange, LaneId, Opcode, Sge, Status, WorkRequest, registry::Found,
+        software::ReceiveQueue,
+    },
     memory::{HostMemory, Memory as _},
 };
 
@@ -108,12 +111,12 @@ fn what_ends_while_it_is_copied_does_not_count() {
     let mut responder = Responder::default();
     bench.offer(0, 7);
     assert_eq!(bench.run(&mut responder, 1), Ok(()));
-    assert_eq!(bench.receives.posted, 3, "the control: it counts");
+    assert_eq!(bench.receives.posted(), 3, "the control: it counts");
     assert_eq!(bench.own.load(Word::Executed), 1);
     bench.offer(1, 8);
     bench.theirs.end(End::Closed.encode());
     assert_eq!(bench.run(&mut responder, 2), Err(Fault::Ended));
-    assert_eq!(bench.receives.posted, 3);
+    assert_eq!(bench.receives.posted(), 3);
     assert_eq!(bench.own.load(Word::Executed), 1);
 }
 
