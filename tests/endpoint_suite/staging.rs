@@ -257,13 +257,14 @@ pub(crate) fn copies_that_never_end_hold_up_nobody(fabric: &Fabric) {
         .expect("open");
     writer.layer(0, &[3, 4]).unwrap();
     soon("copies begin", || ours.under_way.load(SeqCst) > 0);
-    let started = ours.under_way.load(SeqCst);
     writer.start_cancel();
     let end = writer
         .ended_blocking(LONG)
         .expect("no hang")
         .expect_err("stuck");
     assert!(matches!(end, PushError::Stuck(_)), "{end:?}");
+    // Copies overlap: how many had begun is known only now that no more can.
+    let started = ours.under_way.load(SeqCst);
     let arrived = arrival.complete_blocking(LONG).expect("no hang");
     assert!(
         matches!(arrived, Err(ArrivalError::Abandoned { .. })),
