@@ -1,0 +1,1 @@
+//! The step loop: blocks, prefix cache, scheduler, sampling.

@@ -1,0 +1,3 @@
+//! The command line of kvpush-engine.
+
+fn main() {}

@@ -1,0 +1,120 @@
+//! Pages from one engine to another.
+//!
+//! A decode engine *reserves*: its blocks are granted to the prefill engine's ranks, and the grants of all ranks make a
+//! [`Ticket`]. A prefill engine that has the ticket *pushes*: layer by layer, while it computes.
+//!
+//! The engine thread drives this through [`Transfers`]; nothing here blocks it.
+
+use std::ops::Range;
+
+use crate::request::BlockId;
+
+/// The right to push a prompt's pages to a decode engine: what [`Transfers::reserve`] returns, encoded for the way
+/// through gateways. Versioned and bounded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ticket(pub Vec<u8>);
+
+/// A push or a reservation, by the request's number in its engine.
+pub type RequestNumber = u64;
+
+/// What a reservation is for.
+#[derive(Clone, Debug)]
+pub struct Reserve<'a> {
+    /// The request.
+    pub request: RequestNumber,
+    /// Its id, which both sides' logs show.
+    pub id: &'a str,
+    /// The prompt's blocks, in order.
+    pub blocks: &'a [BlockId],
+    /// How many of them, from the first on, are here already (prefix hit) and are not granted.
+    pub held: usize,
+    /// Tokens of the prompt.
+    pub tokens: usize,
+    /// Digest of the prompt's tokens: the other side must have the same.
+    pub digest: [u8; 32],
+    /// Ranks of the prefill engine.
+    pub prefill_tp: u32,
+    /// How long the pages may take.
+    pub deadline: std::time::Duration,
+}
+
+/// What happened to a transfer. Each reservation ends with one of the first two, each push with one of the last two.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Every page of every rank has arrived, and the tail of rank 0: the first token, as the prefill engine encoded it.
+    Arrived {
+        /// The reservation.
+        request: RequestNumber,
+        /// What came with the pages.
+        tail: Vec<u8>,
+        /// Bytes that arrived.
+        bytes: u64,
+    },
+    /// It did not arrive. The blocks are safe to use again only if `is_fenced`.
+    NotArrived {
+        /// The reservation.
+        request: RequestNumber,
+        /// Why.
+        error: TransferError,
+        /// Whether no write can land any more. If not, the blocks are lost until the process ends.
+        is_fenced: bool,
+    },
+    /// Every page is at the other side. The source blocks are free.
+    Pushed {
+        /// The push.
+        request: RequestNumber,
+        /// Bytes pushed.
+        bytes: u64,
+    },
+    /// The push has failed. The source blocks are free.
+    NotPushed {
+        /// The push.
+        request: RequestNumber,
+        /// Why.
+        error: TransferError,
+    },
+}
+
+/// How pages travel, as the engine thread sees it. No call blocks.
+pub trait Transfers: Send {
+    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`].
+    fn reserve(&mut self, what: &Reserve<'_>) -> Result<Ticket, TransferError>;
+    /// Opens a push to where `ticket` says. `tokens` and `digest` are this side's, and must be the ticket's.
+    /// Returns how many blocks the other side holds already, which are not pushed.
+    fn open(
+        &mut self,
+        request: RequestNumber,
+        ticket: &Ticket,
+        tokens: usize,
+        digest: [u8; 32],
+        deadline: std::time::Duration,
+    ) -> Result<usize, TransferError>;
+    /// The blocks of `positions` (of the prompt's blocks, given whole) have all their keys and values of `layer`, on all
+    /// ranks. Layers come in order for the same positions; positions in chunks. Pushed as soon as the push is open;
+    /// positions that the other side holds are left out.
+    fn layer(
+        &mut self,
+        request: RequestNumber,
+        layer: usize,
+        positions: Range<usize>,
+        blocks: &[BlockId],
+    ) -> Result<(), TransferError>;
+    /// Everything has been handed over: sends the tail and ends the push.
+    fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError>;
+    /// Gives up a reservation (revoke) or a push (cancel). Its outcome still comes, and only then the blocks are free.
+    fn cancel(&mut self, request: RequestNumber);
+    /// What has ended since the last call.
+    fn poll(&mut self, out: &mut Vec<Outcome>);
+    /// Calls `waker` from any thread whenever `poll` may have something.
+    fn on_ready(&mut self, waker: Box<dyn Fn() + Send + Sync>);
+}
+
+/// Why pages did not travel.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct TransferError {
+    /// What happened: peer, rank, reason.
+    pub message: String,
+    /// Whether the same may work later.
+    pub is_retryable: bool,
+}
