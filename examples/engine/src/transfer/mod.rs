@@ -77,10 +77,12 @@ pub enum Outcome {
 
 /// How pages travel, as the engine thread sees it. No call blocks.
 pub trait Transfers: Send {
-    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`].
+    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`]; after an error nothing is granted,
+    /// and there is none.
     fn reserve(&mut self, what: &Reserve<'_>) -> Result<Ticket, TransferError>;
     /// Opens a push to where `ticket` says. `tokens` and `digest` are this side's, and must be the ticket's.
-    /// Returns how many blocks the other side holds already, which are not pushed.
+    /// Returns how many blocks the other side holds already, which are not pushed. The push ends by an [`Outcome`]; after
+    /// an error there is none.
     fn open(
         &mut self,
         request: RequestNumber,
@@ -89,9 +91,10 @@ pub trait Transfers: Send {
         digest: [u8; 32],
         deadline: std::time::Duration,
     ) -> Result<usize, TransferError>;
-    /// The blocks of `positions` (of the prompt's blocks, given whole) have all their keys and values of `layer`, on all
-    /// ranks. Layers come in order for the same positions; positions in chunks. Pushed as soon as the push is open;
-    /// positions that the other side holds are left out.
+    /// The blocks of `positions` (a range of the prompt's blocks; `blocks` has one for each) have all their keys and
+    /// values of `layer`, on all ranks. Layers come in order for the same positions; positions in chunks. Pushed as soon
+    /// as the push is open; positions that the other side holds are left out. After an error the push is cancelled by
+    /// the caller, and its outcome still comes.
     fn layer(
         &mut self,
         request: RequestNumber,
@@ -99,7 +102,8 @@ pub trait Transfers: Send {
         positions: Range<usize>,
         blocks: &[BlockId],
     ) -> Result<(), TransferError>;
-    /// Everything has been handed over: sends the tail and ends the push.
+    /// Everything has been handed over: sends the tail and ends the push. After an error the push is cancelled by the
+    /// caller, and its outcome still comes.
     fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError>;
     /// Gives up a reservation (revoke) or a push (cancel). Its outcome still comes, and only then the blocks are free.
     fn cancel(&mut self, request: RequestNumber);
