@@ -92,10 +92,10 @@ pub trait Transfers: Send {
         digest: [u8; 32],
         deadline: std::time::Duration,
     ) -> Result<usize, TransferError>;
-    /// The blocks of `positions` (of the prompt's blocks, given whole) have all their keys and values of `layer`, on all
-    /// ranks: `blocks[positions]` are they. Each layer's positions come in order, each once, from position 0 on: those
-    /// found in this side's prefix cache too. Pushed as soon as the push is open; positions that the other side holds are
-    /// left out.
+    /// The blocks of `positions` (a range of the prompt's blocks; `blocks` has one for each) have all their keys and
+    /// values of `layer`, on all ranks. Each layer's positions come in order and each once, those found in this side's
+    /// prefix cache too. Pushed as soon as the push is open; positions that the other side holds are left out, and need
+    /// not be given. After an error the push is cancelled by the caller, and its outcome still comes.
     fn layer(
         &mut self,
         request: RequestNumber,
