@@ -26,7 +26,8 @@ pub struct Reserve<'a> {
     pub id: &'a str,
     /// The prompt's blocks, in order.
     pub blocks: &'a [BlockId],
-    /// How many of them, from the first on, are here already (prefix hit) and are not granted.
+    /// How many of them, from the first on, are here already (prefix hit) and are not granted. Fewer than all: a
+    /// decode engine that holds every block still needs the last, whose last token the prefill engine computes.
     pub held: usize,
     /// Tokens of the prompt.
     pub tokens: usize,
@@ -66,12 +67,14 @@ pub enum Outcome {
         /// Bytes pushed.
         bytes: u64,
     },
-    /// The push has failed. The source blocks are free.
+    /// The push has failed. The source blocks are free only if `is_fenced`.
     NotPushed {
         /// The push.
         request: RequestNumber,
         /// Why.
         error: TransferError,
+        /// Whether no device reads the source blocks any more. If not, they must not change until the process ends.
+        is_fenced: bool,
     },
 }
 
@@ -92,9 +95,9 @@ pub trait Transfers: Send {
         deadline: std::time::Duration,
     ) -> Result<usize, TransferError>;
     /// The blocks of `positions` (a range of the prompt's blocks; `blocks` has one for each) have all their keys and
-    /// values of `layer`, on all ranks. Layers come in order for the same positions; positions in chunks. Pushed as soon
-    /// as the push is open; positions that the other side holds are left out. After an error the push is cancelled by
-    /// the caller, and its outcome still comes.
+    /// values of `layer`, on all ranks. Each layer's positions come in order and each once, those found in this side's
+    /// prefix cache too. Pushed as soon as the push is open; positions that the other side holds are left out, and need
+    /// not be given. After an error the push is cancelled by the caller, and its outcome still comes.
     fn layer(
         &mut self,
         request: RequestNumber,
@@ -105,6 +108,9 @@ pub trait Transfers: Send {
     /// Everything has been handed over: sends the tail and ends the push. After an error the push is cancelled by the
     /// caller, and its outcome still comes.
     fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError>;
+    /// Tells who has issued `ticket` that nothing will come, for a request that is refused here before [`Transfers::open`]
+    /// or by it. Has no outcome; a ticket that makes no sense is left alone, and its issuer's deadline ends it.
+    fn reject(&mut self, ticket: &Ticket);
     /// Gives up a reservation (revoke) or a push (cancel). Its outcome still comes, and only then the blocks are free.
     fn cancel(&mut self, request: RequestNumber);
     /// What has ended since the last call.
