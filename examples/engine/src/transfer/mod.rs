@@ -97,10 +97,12 @@ pub enum Outcome {
 
 /// How pages travel, as the engine thread sees it. No call blocks.
 pub trait Transfers: Send {
-    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`].
+    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`]; after an error nothing is granted,
+    /// and there is none.
     fn reserve(&mut self, what: &Reserve<'_>) -> Result<Ticket, TransferError>;
     /// Opens a push to where `ticket` says. `tokens` and `digest` are this side's, and must be the ticket's.
-    /// Returns how many blocks the other side holds already, which are not pushed.
+    /// Returns how many blocks the other side holds already, which are not pushed. The push ends by an [`Outcome`]; after
+    /// an error there is none.
     fn open(
         &mut self,
         request: RequestNumber,
@@ -120,7 +122,8 @@ pub trait Transfers: Send {
         positions: Range<usize>,
         blocks: &[BlockId],
     ) -> Result<(), TransferError>;
-    /// Everything has been handed over: sends the tail and ends the push.
+    /// Everything has been handed over: sends the tail and ends the push. After an error the push is cancelled by the
+    /// caller, and its outcome still comes.
     fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError>;
     /// Tells who has issued `ticket` that nothing will come, for a request that is refused here before [`Transfers::open`]
     /// or by it. Has no outcome; a ticket that makes no sense is left alone, and its issuer's deadline ends it.
