@@ -52,11 +52,14 @@ pub(crate) fn fake_model(tp: u32, layer_time: Duration) -> fake::FakeModel {
     fake::FakeModel::new(shape).unwrap()
 }
 
+/// A token, and the log probabilities of the others as bits.
+type Chosen = (TokenId, Vec<(TokenId, u32)>);
+
 /// What a request brought.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Answer {
-    /// Each completion's tokens, each with the log probabilities of all tokens as bits: as good as logits.
-    pub(crate) tokens: Vec<Vec<(TokenId, Vec<(TokenId, u32)>)>>,
+    /// Each completion's tokens. Log probabilities of all tokens, exactly, are as good as logits.
+    pub(crate) tokens: Vec<Vec<Chosen>>,
     pub(crate) reasons: Vec<Option<FinishReason>>,
 }
 
