@@ -70,6 +70,12 @@ impl Core {
         };
         let result = self.model.forward(&chunks, &mut pushing);
         let failed = pushing.failed;
+        for row in rows {
+            self.note_sent(row);
+        }
+        for (number, error) in failed {
+            self.fail(number, error.into());
+        }
         match result {
             Ok(logits) => self.computed(rows, &wanted, &logits),
             Err(error) => {
@@ -79,8 +85,18 @@ impl Core {
                 }
             }
         }
-        for (number, error) in failed {
-            self.fail(number, error.into());
+    }
+
+    /// What was whole after the chunk has been handed over, even if the chunk or the push has failed since.
+    fn note_sent(&mut self, row: &Row) {
+        let block_tokens = self.block_tokens();
+        let Some(job) = self.jobs.get_mut(&row.number) else {
+            return;
+        };
+        let computed = job.sequences.first().map_or(0, |s| s.computed);
+        let sent = job.unsent(computed + row.tokens, block_tokens);
+        if let (Some(positions), Some(push)) = (sent, job.push()) {
+            push.sent = positions.end;
         }
     }
 
@@ -111,17 +127,11 @@ impl Core {
 
     /// The row's tokens have keys and values; full blocks can be found.
     fn advance(&mut self, row: &Row) {
-        let block_tokens = self.block_tokens();
         let Some(job) = self.jobs.get_mut(&row.number) else {
             return;
         };
         if let Some(sequence) = job.sequences.get_mut(row.sequence) {
             sequence.computed += row.tokens;
-        }
-        let end = job.sequences.first().map_or(0, |s| s.computed);
-        let sent = job.unsent(end, block_tokens);
-        if let (Some(positions), Some(push)) = (sent, job.push()) {
-            push.sent = positions.end.max(push.sent);
         }
         self.publish(row.number, row.sequence);
     }

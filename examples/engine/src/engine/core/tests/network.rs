@@ -127,7 +127,7 @@ impl Network {
         if is_over {
             return;
         }
-        let end = (push.done + pages).min(push.copies.len());
+        let end = push.done.saturating_add(pages).min(push.copies.len());
         let (side, copies) = (push.side, push.copies[push.done..end].to_vec());
         push.done = end;
         let is_done = end == push.copies.len();
