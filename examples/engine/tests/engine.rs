@@ -248,7 +248,10 @@ fn changes_of_the_prefix_cache_are_told_and_can_be_read_again() {
         panic!("{first:?}");
     };
     assert_eq!((hashes.len(), tokens.len()), (2, 32));
-    assert_eq!(handle.replay_kv_events(1).events, [first.clone()]);
+    assert_eq!(
+        handle.replay_kv_events(1).events,
+        std::slice::from_ref(&first)
+    );
     let snapshot = handle.kv_snapshot();
     assert_eq!(snapshot.sequence, 1);
     assert_eq!(snapshot.blocks.len(), 2);
