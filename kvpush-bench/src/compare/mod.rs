@@ -313,32 +313,33 @@ fn repeat(
     entries: &mut [Entry],
 ) -> Result<()> {
     let mut random = Random::new(args.seed.unwrap_or(1));
+    let runs = entries
+        .iter()
+        .map(|entry| run_args(args, contest, memory, entry))
+        .collect::<Result<Vec<_>>>()?;
+    let Some(first) = runs.first() else {
+        return Ok(());
+    };
+    // One conversation, because the server serves one workload at a time.
+    let mut session = Session::open(address, first, Auth::passphrase(key))?;
     for repetition in 0..args.repeat {
-        for entry in entries.iter_mut() {
+        for (entry, run) in entries.iter_mut().zip(&runs) {
             signals::check()?;
             let (workload, line) = (&entry.workload, &mut entry.line);
-            let moved = workload.round_bytes(workload.requests)?;
-            let rounds = args.moved.div_ceil(moved.max(1)).clamp(1, 10_000);
             let is_small = line.unit == Unit::Microseconds;
-            let rounds = if is_small { 1 } else { rounds };
             let theirs = match (&contest.reference, with_reference) {
                 (_, false) => None,
                 (Reference::Perftest(devices), true) if is_small => {
                     Some(devices.latency(line.size, SMALL_COUNT)?)
                 }
                 (reference, true) => {
-                    let pages = moved.saturating_mul(rounds) / line.size.max(1);
+                    let round = u64::from(workload.requests) * u64::from(workload.pages);
+                    let pages = round.saturating_mul(run.workload.rounds.into());
                     let seed = random.next();
                     Some(reference.bandwidth(line.size, pages, args.lanes, seed)?)
                 }
             };
-            let mut run = run_args(&contest.fabric, memory, rounds)?;
-            if is_small {
-                run.fabric.polling = PollingChoice::Busy;
-                run.workload.in_flight = 1;
-            }
-            let mut session = Session::open(address, &run, Auth::passphrase(key))?;
-            let row = session.measure(workload, random.next())?;
+            let row = session.measure(run, workload, random.next())?;
             let ours = match line.unit {
                 Unit::GigabytesPerSecond => row.gb_per_s,
                 Unit::Microseconds => row.p50_us,
@@ -365,13 +366,27 @@ fn repeat(
     Ok(())
 }
 
-/// The arguments of a run of our own: those that the command line would give, and ours.
-fn run_args(fabric: &FabricArgs, memory: MemoryChoice, rounds: u64) -> Result<RunArgs> {
-    let rounds = rounds.to_string();
-    let words = ["kvpush-bench", "--rounds", &rounds, "--in-flight", "4"];
-    let cli = Cli::try_parse_from(words).context("the arguments of a run")?;
+/// The arguments of a run of our own: those that an empty command line gives, and what is compared.
+fn run_args(
+    args: &CompareArgs,
+    contest: &Contest,
+    memory: MemoryChoice,
+    entry: &Entry,
+) -> Result<RunArgs> {
+    let cli = Cli::try_parse_from(["kvpush-bench"]).context("the arguments of a run")?;
     let mut run = cli.run;
-    run.fabric = fabric.clone();
+    run.fabric = contest.fabric.clone();
     run.memory.memory = memory;
+    match entry.line.unit {
+        Unit::GigabytesPerSecond => {
+            let moved = entry.workload.round_bytes(entry.workload.requests)?;
+            let rounds = args.moved.div_ceil(moved.max(1)).clamp(1, 10_000);
+            (run.workload.rounds, run.workload.in_flight) = (rounds as u32, 4);
+        }
+        Unit::Microseconds => {
+            (run.workload.rounds, run.workload.in_flight) = (1, 1);
+            run.fabric.polling = PollingChoice::Busy;
+        }
+    }
     Ok(run)
 }

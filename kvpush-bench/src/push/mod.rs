@@ -86,9 +86,14 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Runs one workload without a word about it.
-    pub(crate) fn measure(&mut self, workload: &Workload, seed: u64) -> Result<Row> {
-        self.is_silent = true;
+    /// Runs one workload as `args` has it, without a word about it.
+    pub(crate) fn measure(
+        &mut self,
+        args: &'a RunArgs,
+        workload: &Workload,
+        seed: u64,
+    ) -> Result<Row> {
+        (self.args, self.is_silent) = (args, true);
         self.run_case(workload, seed, &mut None)
     }
 
