@@ -163,8 +163,12 @@ fn the_last_to_come_is_preempted_and_gives_the_same_tokens() {
     };
     let first = rig.submit(0, Leg::Both, &prompt(1, 8), params.clone());
     let second = rig.submit(0, Leg::Both, &prompt(2, 8), params);
-    rig.settle();
+    for tokens in 1..=16 {
+        rig.step(0);
+        assert_eq!(rig.ids(first, 0).len(), tokens, "the first goes on");
+    }
     assert!(rig.stats[0].preemptions > 0);
+    rig.settle();
     let length = |client| rig.heard(client).finished.get(&0).copied();
     assert_eq!(length(first), Some(FinishReason::Length));
     assert_eq!(length(second), Some(FinishReason::Length));
