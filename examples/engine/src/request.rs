@@ -26,6 +26,8 @@ pub struct Request {
     pub leg: Leg,
     /// W3C `traceparent`, passed on to the other leg.
     pub traceparent: Option<String>,
+    /// Prefix-cache blocks are shared only among requests with the same salt.
+    pub cache_salt: Option<String>,
     /// Where events go. A closed receiver aborts the request within one step.
     pub events: mpsc::UnboundedSender<Event>,
 }
@@ -42,7 +44,8 @@ pub enum Leg {
         ticket: Vec<u8>,
     },
     /// Prefill for a decode engine that asks for the pages only later (`kv_transfer_params` relay): the blocks are held
-    /// until the request's deadline, or until a ticket comes for this request's id.
+    /// until the request's deadline, or until a ticket comes for this request's id. [`Event::Finished`] says that the
+    /// prompt is computed and held, [`Event::Done`] that it has been pushed. In between the receiver may be dropped.
     PrefillHeld,
     /// Reserve blocks, answer with [`Event::Reserved`], decode once they have arrived.
     Decode {
@@ -134,7 +137,10 @@ pub enum Event {
         /// Encoded [`crate::transfer::Ticket`].
         ticket: Vec<u8>,
     },
-    /// A token has been chosen.
+    /// Log probabilities of the prompt's tokens from the second on, before the first [`Event::Token`], if asked for. A
+    /// decode leg does not send it: the prefill leg does.
+    PromptLogprobs(Vec<Token>),
+    /// A token has been chosen. Tokens that end a completion are sent too.
     Token(Token),
     /// One of the `n` completions has ended.
     Finished {

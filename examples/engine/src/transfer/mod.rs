@@ -4,9 +4,26 @@
 //! [`Ticket`]. A prefill engine that has the ticket *pushes*: layer by layer, while it computes.
 //!
 //! The engine thread drives this through [`Transfers`]; nothing here blocks it.
+//!
+//! | File | Does |
+//! |---|---|
+//! | `over_kvpush` | [`KvPush`]: the transfers of one engine over one kvpush endpoint, a pool for each rank |
+//! | `incoming`, `outgoing` | a reservation, and a push: state machines over the ends of kvpush's grants and pushes |
+//! | `ticket`, `codec` | what a decode engine says to a prefill engine, as bytes |
+//! | `ready` | who is to be looked at: wakers of futures, and times |
+//! | `links` | what all of them share |
+
+mod codec;
+mod incoming;
+mod links;
+mod outgoing;
+mod over_kvpush;
+mod ready;
+pub mod ticket;
 
 use std::ops::Range;
 
+pub use self::over_kvpush::{KvPush, SetupError};
 use crate::request::BlockId;
 
 /// The right to push a prompt's pages to a decode engine: what [`Transfers::reserve`] returns, encoded for the way
@@ -80,10 +97,12 @@ pub enum Outcome {
 
 /// How pages travel, as the engine thread sees it. No call blocks.
 pub trait Transfers: Send {
-    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`].
+    /// Grants the blocks that are not held. The reservation ends by an [`Outcome`]; after an error nothing is granted,
+    /// and there is none.
     fn reserve(&mut self, what: &Reserve<'_>) -> Result<Ticket, TransferError>;
     /// Opens a push to where `ticket` says. `tokens` and `digest` are this side's, and must be the ticket's.
-    /// Returns how many blocks the other side holds already, which are not pushed.
+    /// Returns how many blocks the other side holds already, which are not pushed. The push ends by an [`Outcome`]; after
+    /// an error there is none, and the ticket is rejected.
     fn open(
         &mut self,
         request: RequestNumber,
@@ -92,10 +111,10 @@ pub trait Transfers: Send {
         digest: [u8; 32],
         deadline: std::time::Duration,
     ) -> Result<usize, TransferError>;
-    /// The blocks of `positions` (of the prompt's blocks, given whole) have all their keys and values of `layer`, on all
-    /// ranks: `blocks[positions]` are they. Each layer's positions come in order, each once, from position 0 on: those
-    /// found in this side's prefix cache too. Pushed as soon as the push is open; positions that the other side holds are
-    /// left out.
+    /// The blocks of `positions` (a range of the prompt's blocks; `blocks` has one for each) have all their keys and
+    /// values of `layer`, on all ranks. Each layer's positions come in order and each once, those found in this side's
+    /// prefix cache too. Pushed as soon as the push is open; positions that the other side holds are left out, and need
+    /// not be given. After an error the push is cancelled by the caller, and its outcome still comes.
     fn layer(
         &mut self,
         request: RequestNumber,
@@ -103,10 +122,11 @@ pub trait Transfers: Send {
         positions: Range<usize>,
         blocks: &[BlockId],
     ) -> Result<(), TransferError>;
-    /// Everything has been handed over: sends the tail and ends the push.
+    /// Everything has been handed over: sends the tail and ends the push. After an error the push is cancelled by the
+    /// caller, and its outcome still comes.
     fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError>;
-    /// Tells who has issued `ticket` that nothing will come, for a request that is refused here before [`Transfers::open`]
-    /// or by it. Has no outcome; a ticket that makes no sense is left alone, and its issuer's deadline ends it.
+    /// Tells who has issued `ticket` that nothing will come, for a request that is refused here before
+    /// [`Transfers::open`]. Has no outcome; a ticket that makes no sense is left alone, and its issuer's deadline ends it.
     fn reject(&mut self, ticket: &Ticket);
     /// Gives up a reservation (revoke) or a push (cancel). Its outcome still comes, and only then the blocks are free.
     fn cancel(&mut self, request: RequestNumber);

@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn blocks_are_the_row() {
         for (kind, is_q4, bound) in [
-            (Kind::Q8_0, false, 0.0),
+            (Kind::Q8_0, false, 0.0f32),
             (Kind::Q4_0, true, 0.0),
             (Kind::Q4_1, true, 1e-6),
             (Kind::Q4_0, false, 0.002),
@@ -284,7 +284,10 @@ mod tests {
                 for (value, expected) in block.values.iter().zip(expected) {
                     let value = block.scale.to_f32() * f32::from(*value) + block.offset.to_f32();
                     let bound = bound.min(largest / 127.0);
-                    assert!((value - expected).abs() <= bound, "{kind:?} {value} {expected}");
+                    assert!(
+                        (value - expected).abs() <= bound,
+                        "{kind:?} {value} {expected}"
+                    );
                 }
             }
         }
