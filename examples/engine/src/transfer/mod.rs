@@ -4,9 +4,26 @@
 //! [`Ticket`]. A prefill engine that has the ticket *pushes*: layer by layer, while it computes.
 //!
 //! The engine thread drives this through [`Transfers`]; nothing here blocks it.
+//!
+//! | File | Does |
+//! |---|---|
+//! | `over_kvpush` | [`KvPush`]: the transfers of one engine over one kvpush endpoint, a pool for each rank |
+//! | `incoming`, `outgoing` | a reservation, and a push: state machines over the ends of kvpush's grants and pushes |
+//! | `ticket`, `codec` | what a decode engine says to a prefill engine, as bytes |
+//! | `ready` | who is to be looked at: wakers of futures, and times |
+//! | `links` | what all of them share |
+
+mod codec;
+mod incoming;
+mod links;
+mod outgoing;
+mod over_kvpush;
+mod ready;
+pub mod ticket;
 
 use std::ops::Range;
 
+pub use self::over_kvpush::{KvPush, SetupError};
 use crate::request::BlockId;
 
 /// The right to push a prompt's pages to a decode engine: what [`Transfers::reserve`] returns, encoded for the way
