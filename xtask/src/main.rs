@@ -12,8 +12,10 @@ mod gpu_libs;
 mod guest;
 mod loom;
 mod mutants;
+mod openai;
 mod oracle;
 mod process;
+mod proto;
 mod rxe;
 mod sim;
 mod workspace;
@@ -39,6 +41,8 @@ COMMANDS
     mutants   Break the code of an invariant on purpose, one mutation at a time, and see a test notice
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
     gpu-libs  Our GPU bindings against the real ROCm libraries and headers (Debian's), and cuda.h where there is one
+    openai    Every endpoint of kvpush-engine, by the openai Python client
+    proto     Write the code of the engine's gRPC service from its .proto
     oracle    Compare our hand-made verbs definitions with the ones bindgen makes from the system's headers
     help      Show this text
 
@@ -76,6 +80,8 @@ fn dispatch(args: &[String]) -> Result<()> {
         "mutants" => mutants::main(rest),
         "audit" => audit::main(rest),
         "gpu-libs" => gpu_libs::main(rest),
+        "openai" => openai::main(rest),
+        "proto" => proto::main(rest),
         "oracle" => oracle::main(rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

@@ -28,6 +28,7 @@ pub mod server;
 pub mod stop;
 pub mod text;
 pub mod tickets;
+//mod tokenizer;
 
 use std::{
     fmt,

@@ -3,7 +3,7 @@
 //! A drain (SIGTERM, SIGINT, `POST /drain`, gRPC `Drain`) takes no more requests and lets those under way end, for so
 //! long as the settings say; then the listeners close. A second signal does not wait.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -13,6 +13,7 @@ use axum::{
 };
 use tokio::{
     net::TcpListener,
+    sync::mpsc,
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -88,20 +89,16 @@ pub fn router(app: &Arc<App>) -> Router {
         .with_state(Arc::clone(app))
 }
 
-/// Serves until a drain has ended. `signals` yields once for each request to end: the first drains, the second cuts.
+/// Serves until a drain has ended. Each message of `asked` asks for the end: the first drains, the second cuts.
 ///
 /// # Errors
 ///
 /// A listener fails.
-pub async fn run<S, F>(
+pub async fn run(
     app: &Arc<App>,
     listeners: Listeners,
-    mut signals: S,
-) -> Result<Ended, ServeError>
-where
-    S: FnMut() -> F,
-    F: Future<Output = ()>,
-{
+    mut asked: mpsc::Receiver<()>,
+) -> Result<Ended, ServeError> {
     let _ = app.http_port.set(listeners.http.local_addr()?.port());
     let mut tasks = vec![spawn_http(app, listeners.http)];
     tasks.extend(
@@ -122,7 +119,7 @@ where
     tokio::select! {
         result = failed => result?,
         () = app.reached(Phase::Draining) => {}
-        () = signals() => {}
+        Some(()) = asked.recv() => {}
     }
     app.start_drain();
     let drained = async {
@@ -134,7 +131,7 @@ where
         result = timeout(app.settings.drain_timeout, drained) => {
             if result.is_ok() { Ended::Drained } else { Ended::Cut }
         }
-        () = signals() => Ended::Cut,
+        Some(()) = asked.recv() => Ended::Cut,
     };
     if ended == Ended::Cut {
         tracing::warn!("requests are cut off: they did not end in time");
