@@ -38,7 +38,13 @@ pub(crate) fn main(args: &[String]) -> Result<()> {
 
 /// Runs the script, with these arguments for the engine.
 pub(crate) fn openai(args: &[String]) -> Result<()> {
-    process::run(process::cargo().args(["build", "-p", "kvpush-engine", "--bin", "kvpush-engine"]))?;
+    process::run(process::cargo().args([
+        "build",
+        "-p",
+        "kvpush-engine",
+        "--bin",
+        "kvpush-engine",
+    ]))?;
     let engine = workspace::target_dir().join("debug/kvpush-engine");
     let python = environment()?;
     let mut script = Command::new(python);
@@ -55,7 +61,14 @@ fn environment() -> Result<PathBuf> {
         return Ok(python);
     }
     make(&folder)?;
-    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", CLIENT];
+    let install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        CLIENT,
+    ];
     process::run(Command::new(&python).args(install))?;
     std::fs::write(&mark, CLIENT).with_context(|| format!("writing {}", mark.display()))?;
     Ok(python)
@@ -63,7 +76,9 @@ fn environment() -> Result<PathBuf> {
 
 fn make(folder: &Path) -> Result<()> {
     let has_venv = |python: &Path| {
-        let check = Command::new(python).args(["-c", "import ensurepip, venv"]).output();
+        let check = Command::new(python)
+            .args(["-c", "import ensurepip, venv"])
+            .output();
         check.is_ok_and(|output| output.status.success())
     };
     let usable = process::find_program("python3").filter(|python| has_venv(python));
@@ -73,9 +88,15 @@ fn make(folder: &Path) -> Result<()> {
             apt::ensure(&["python3", "python3-venv"], "the openai client")?;
             match process::find_program("python3") {
                 Some(python) => python,
-                None => bail!("there is no python3, so the engine's API cannot be tested with the openai client"),
+                None => bail!(
+                    "there is no python3, so the engine's API cannot be tested with the openai client"
+                ),
             }
         }
     };
-    process::run(Command::new(python).args(["-m", "venv", "--clear"]).arg(folder))
+    process::run(
+        Command::new(python)
+            .args(["-m", "venv", "--clear"])
+            .arg(folder),
+    )
 }

@@ -27,6 +27,8 @@ pub(crate) fn main(args: &[String]) -> Result<()> {
     }
     let manifest = workspace::root().join("examples/engine/proto/generate/Cargo.toml");
     let mut command = process::cargo();
-    command.args(["run", "--quiet", "--manifest-path"]).arg(manifest);
+    command
+        .args(["run", "--quiet", "--manifest-path"])
+        .arg(manifest);
     process::run(command.arg("--target-dir").arg(workspace::cache("proto")?))
 }

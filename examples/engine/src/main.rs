@@ -1,29 +1,20 @@
 //! The command line of kvpush-engine.
 
-mod cli;
-
 use std::process::ExitCode;
 
-use clap::Parser;
-use cli::{Cli, Command};
+use kvpush_engine::demo;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(cli::with_long_tp(std::env::args_os()));
-    cli::logs::start(&cli.logs);
-    let result = match cli.command {
-        Command::Serve(args) => cli::serve::run(&args),
-        Command::Info(args) => cli::info::run(&args),
-        Command::Fetch => cli::fetch::run(),
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.split_first() {
+        // An engine of the demo, in a process of its own.
+        Some((first, rest)) if first == "worker" => demo::worker::run(rest),
+        _ => Err("usage: kvpush-engine worker …".to_owned()),
     };
     match result {
-        Ok(code) => code,
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kvpush-engine: {error}");
-            let mut source = error.source();
-            while let Some(cause) = source {
-                eprintln!("  because: {cause}");
-                source = cause.source();
-            }
             ExitCode::FAILURE
         }
     }

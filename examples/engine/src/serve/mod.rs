@@ -31,7 +31,6 @@ pub mod tickets;
 //mod tokenizer;
 
 use std::{
-    fmt,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -39,28 +38,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::engine::Handle;
-
-/// What an engine does for others.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Everything.
-    #[default]
-    Both,
-    /// Prefill legs, and whole requests.
-    Prefill,
-    /// Decode legs, and whole requests.
-    Decode,
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Both => "both",
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        })
-    }
-}
+pub use crate::runtime::Role;
 
 /// What an operator chooses.
 #[derive(Clone, Debug)]

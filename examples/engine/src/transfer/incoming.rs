@@ -137,13 +137,6 @@ impl Incoming {
         }
     }
 
-    /// If it has ended outside of a poll, asks for one.
-    pub(super) fn ask_for_poll(&self) {
-        if self.outcome().is_some() {
-            self.mark.set();
-        }
-    }
-
     /// How it ended, if it has.
     pub(super) fn outcome(&self) -> Option<Outcome> {
         let mut tail = None;

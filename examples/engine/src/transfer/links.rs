@@ -16,7 +16,7 @@ use kvpush::{
 
 use super::{
     TransferError,
-    ready::{Alarm, Key, Mark, Ready},
+    ready::{Key, Mark, Ready},
 };
 
 /// A wait that is polled when its mark is set.
@@ -27,7 +27,6 @@ pub(super) struct Links {
     pub(super) endpoint: Endpoint,
     /// By rank.
     pub(super) pools: Vec<Pool>,
-    pub(super) alarm: Alarm,
     pub(super) ready: Arc<Ready>,
     /// Tickets that are being given back.
     releases: Vec<(Key, Arc<Mark>, Wait<()>)>,
@@ -35,11 +34,10 @@ pub(super) struct Links {
 }
 
 impl Links {
-    pub(super) fn new(endpoint: Endpoint, pools: Vec<Pool>, alarm: Alarm) -> Self {
+    pub(super) fn new(endpoint: Endpoint, pools: Vec<Pool>) -> Self {
         Self {
             endpoint,
             pools,
-            alarm,
             ready: Arc::default(),
             releases: Vec::new(),
             next_release: 0,
@@ -74,7 +72,7 @@ impl Links {
                 let _cancelled = push.cancel().await;
             }
         });
-        // The first look, by the engine's next poll, is what starts it.
+        // The first look is what starts it.
         mark.set();
         self.releases.push((key, mark, wait));
     }

@@ -103,7 +103,8 @@ impl Outgoing {
                 }
             }
         }
-        links.alarm.set(deadline, &mark);
+        links.ready.alarm(deadline, &mark);
+        // The first look is what waits for the opening.
         mark.set();
         let granted = ticket.blocks - ticket.held;
         Ok(Self {
@@ -234,7 +235,7 @@ impl Outgoing {
                             continue;
                         }
                         tracing::debug!(request = self.request, %error, pause = ?pair.pause, "push is begun again");
-                        links.alarm.set(again, &self.mark);
+                        links.ready.alarm(again, &self.mark);
                         pair.state = State::Paused(again);
                     }
                     Some(Err(error)) => pair.state = State::Ended(Err(error)),
@@ -301,13 +302,6 @@ impl Outgoing {
                 }
                 State::Ended(_) => {}
             }
-        }
-    }
-
-    /// If it has ended outside of a poll, asks for one.
-    pub(super) fn ask_for_poll(&self) {
-        if self.outcome().is_some() {
-            self.mark.set();
         }
     }
 

@@ -1,34 +1,56 @@
 //! [`Transfers`] over kvpush: one endpoint, and a pool for each rank of the model.
 //!
-//! The engine thread calls; nothing blocks it but [`KvPush::new`], which pins the pools. Futures of kvpush are polled
-//! when their wakers say so, and at no other time.
+//! | Thread | Does |
+//! |---|---|
+//! | the engine's | calls [`Transfers`]; nothing blocks it but [`KvPush::new`], which pins the pools |
+//! | `engine-transfers` | looks at transfers that kvpush has woken: opens, hands over what waits, ends; sleeps otherwise |
+//!
+//! So pages go as soon as a push is open, even while the engine thread computes, and the engine is woken for outcomes
+//! only. Both hold the lock for some microseconds; neither waits for a peer while holding it.
 
 use std::{
     collections::HashMap,
     ops::Range,
     sync::Arc,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use kvpush::{Endpoint, endpoint::EndpointError, memory::Memory};
+use parking_lot::Mutex;
 
 use super::{
     Outcome, RequestNumber, Reserve, Ticket, TransferError, Transfers,
     incoming::Incoming,
     links::Links,
     outgoing::Outgoing,
-    ready::{Alarm, Key},
+    ready::{Key, Ready},
     ticket::{Identity, TicketFields},
 };
 use crate::{model::Model, request::BlockId};
 
+/// How long it is tried to tell an issuer that its ticket is refused. Its own deadline does the rest.
+const GIVE_BACK_WITHIN: Duration = Duration::from_secs(10);
+
 /// The transfers of one engine.
 pub struct KvPush {
     identity: Identity,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    ready: Arc<Ready>,
+    state: Mutex<State>,
+    notify: Mutex<Option<Notify>>,
+}
+
+type Notify = Arc<dyn Fn() + Send + Sync>;
+
+struct State {
     links: Links,
     transfers: HashMap<RequestNumber, Transfer>,
-    /// Kept for its memory.
-    keys: Vec<Key>,
+    outcomes: Vec<Outcome>,
 }
 
 enum Transfer {
@@ -88,11 +110,24 @@ impl KvPush {
                 source: Box::new(source),
             })?);
         }
+        let links = Links::new(endpoint, pools);
+        let shared = Arc::new(Shared {
+            ready: Arc::clone(&links.ready),
+            state: Mutex::new(State {
+                links,
+                transfers: HashMap::new(),
+                outcomes: Vec::new(),
+            }),
+            notify: Mutex::new(None),
+        });
+        let looks = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("engine-transfers".to_owned())
+            .spawn(move || looks.run())?;
         Ok(Self {
             identity,
-            links: Links::new(endpoint, pools, Alarm::start()?),
-            transfers: HashMap::new(),
-            keys: Vec::new(),
+            shared,
+            thread: Some(thread),
         })
     }
 
@@ -103,36 +138,129 @@ impl KvPush {
 
     /// Reservations and pushes that have not ended, and tickets that are being given back.
     pub fn live(&self) -> usize {
-        self.transfers.len() + self.links.releases()
+        let state = self.shared.state.lock();
+        state.transfers.len() + state.links.releases()
     }
 
     /// Layers of a reservation that are here whole, from the first on; nothing if there is no such reservation.
     pub fn arrived_layers(&self, request: RequestNumber) -> Option<u32> {
-        match self.transfers.get(&request)? {
+        match self.shared.state.lock().transfers.get(&request)? {
             Transfer::Incoming(incoming) => Some(incoming.complete_layers()),
             Transfer::Outgoing(_) => None,
         }
     }
 
+    /// Does `work` on the state, then tells the engine of outcomes that it led to.
+    fn with<R>(&self, work: impl FnOnce(&mut State) -> R) -> R {
+        let mut state = self.shared.state.lock();
+        let result = work(&mut state);
+        let is_over = !state.outcomes.is_empty();
+        drop(state);
+        if is_over {
+            self.shared.notify();
+        }
+        result
+    }
+}
+
+impl Drop for KvPush {
+    fn drop(&mut self) {
+        self.shared.ready.end();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the transfers' thread panicked");
+        }
+        // What has not ended is cancelled and revoked by being dropped.
+        self.shared.state.lock().transfers.clear();
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        let mut keys = Vec::new();
+        while self.ready.wait(&mut keys) {
+            let mut state = self.state.lock();
+            for key in keys.drain(..) {
+                match key {
+                    Key::Release(_) => state.links.drive_release(key),
+                    Key::Transfer(request) => state.drive(request),
+                }
+            }
+            let is_over = !state.outcomes.is_empty();
+            drop(state);
+            if is_over {
+                self.notify();
+            }
+        }
+    }
+
+    /// Without the lock of the state: the engine may do what it likes.
+    fn notify(&self) {
+        let notify = self.notify.lock().clone();
+        if let Some(notify) = notify {
+            notify();
+        }
+    }
+}
+
+impl State {
+    /// Goes on with a transfer, and takes it out if it is over.
+    fn drive(&mut self, request: RequestNumber) {
+        let outcome = match self.transfers.get_mut(&request) {
+            Some(Transfer::Incoming(incoming)) => {
+                incoming.drive();
+                incoming.outcome()
+            }
+            Some(Transfer::Outgoing(outgoing)) => {
+                outgoing.drive(&mut self.links);
+                outgoing.outcome()
+            }
+            // A mark that was set when it had ended already.
+            None => None,
+        };
+        if let Some(outcome) = outcome {
+            self.transfers.remove(&request);
+            self.outcomes.push(outcome);
+        }
+    }
+
     fn is_new(&self, request: RequestNumber) -> Result<(), TransferError> {
-        match self.transfers.contains_key(&request) {
+        match self.transfers.contains_key(&request) || self.has_outcome(request) {
             false => Ok(()),
             true => Err(unknown(request, "has a transfer already")),
         }
     }
 
+    fn has_outcome(&self, request: RequestNumber) -> bool {
+        self.outcomes.iter().any(|outcome| match outcome {
+            Outcome::Arrived { request: other, .. }
+            | Outcome::NotArrived { request: other, .. }
+            | Outcome::Pushed { request: other, .. }
+            | Outcome::NotPushed { request: other, .. } => *other == request,
+        })
+    }
+
+    /// Does `work` on a push. One that has ended and whose outcome the engine has not seen yet takes everything.
     fn outgoing(
         &mut self,
         request: RequestNumber,
-    ) -> Result<(&mut Outgoing, &mut Links), TransferError> {
-        match self.transfers.get_mut(&request) {
-            Some(Transfer::Outgoing(outgoing)) => Ok((outgoing, &mut self.links)),
-            _ => Err(unknown(request, "has no push")),
+        work: impl FnOnce(&mut Outgoing) -> Result<(), TransferError>,
+    ) -> Result<(), TransferError> {
+        if let Some(Transfer::Outgoing(outgoing)) = self.transfers.get_mut(&request) {
+            work(outgoing)?;
+            self.drive(request);
+            return Ok(());
+        }
+        match self.has_outcome(request) {
+            true => Ok(()),
+            false => Err(unknown(request, "has no push")),
         }
     }
 
-    fn try_open(
+    fn open(
         &mut self,
+        identity: &Identity,
         request: RequestNumber,
         ticket: TicketFields,
         tokens: usize,
@@ -141,10 +269,10 @@ impl KvPush {
     ) -> Result<usize, TransferError> {
         self.is_new(request)?;
         let tp = self.links.pools.len() as u32;
-        ticket.check_for(&self.identity, tp, tokens, digest)?;
+        ticket.check_for(identity, tp, tokens, digest)?;
         let held = ticket.held as usize;
         let mark = self.links.ready.mark(Key::Transfer(request));
-        let layers = self.identity.layers as usize;
+        let layers = identity.layers as usize;
         let until = Instant::now() + deadline;
         let outgoing = Outgoing::open(&mut self.links, request, mark, ticket, layers, until)?;
         self.transfers.insert(request, Transfer::Outgoing(outgoing));
@@ -157,30 +285,29 @@ impl KvPush {
             return;
         };
         let until = Instant::now() + ticket.valid_for.min(GIVE_BACK_WITHIN);
-        match self
-            .links
-            .start_push(first.pair.source_rank, &first.grant, until)
-        {
+        let rank = first.pair.source_rank;
+        match self.links.start_push(rank, &first.grant, until) {
             Ok(push) => self.links.release(push),
             Err(error) => {
-                tracing::warn!(id = ticket.id, %error, "the issuer of a ticket is not told that it is refused");
+                let id = &ticket.id;
+                tracing::warn!(id, %error, "the issuer of a ticket is not told that it is refused");
             }
         }
     }
 }
 
-/// How long it is tried to tell an issuer that its ticket is refused. Its own deadline does the rest.
-const GIVE_BACK_WITHIN: Duration = Duration::from_secs(10);
-
 impl Transfers for KvPush {
     fn reserve(&mut self, what: &Reserve<'_>) -> Result<Ticket, TransferError> {
-        self.is_new(what.request)?;
-        let mark = self.links.ready.mark(Key::Transfer(what.request));
-        let (incoming, fields) = Incoming::reserve(&self.links, &self.identity, what, mark)?;
-        let ticket = fields.encode()?;
-        self.transfers
-            .insert(what.request, Transfer::Incoming(incoming));
-        Ok(ticket)
+        let identity = self.identity;
+        self.with(|state| {
+            state.is_new(what.request)?;
+            let mark = state.links.ready.mark(Key::Transfer(what.request));
+            let (incoming, fields) = Incoming::reserve(&state.links, &identity, what, mark)?;
+            let ticket = fields.encode()?;
+            let incoming = Transfer::Incoming(incoming);
+            state.transfers.insert(what.request, incoming);
+            Ok(ticket)
+        })
     }
 
     fn open(
@@ -192,11 +319,15 @@ impl Transfers for KvPush {
         deadline: Duration,
     ) -> Result<usize, TransferError> {
         let fields = TicketFields::decode(&ticket.0)?;
-        let result = self.try_open(request, fields.clone(), tokens, &digest, deadline);
-        if result.is_err() {
-            self.give_back(&fields);
-        }
-        result
+        let identity = self.identity;
+        self.with(|state| {
+            let opened = fields.clone();
+            let result = state.open(&identity, request, opened, tokens, &digest, deadline);
+            if result.is_err() {
+                state.give_back(&fields);
+            }
+            result
+        })
     }
 
     fn layer(
@@ -206,77 +337,40 @@ impl Transfers for KvPush {
         positions: Range<usize>,
         blocks: &[BlockId],
     ) -> Result<(), TransferError> {
-        let (outgoing, links) = self.outgoing(request)?;
-        outgoing.layer(layer, positions, blocks)?;
-        outgoing.drive(links);
-        outgoing.ask_for_poll();
-        Ok(())
+        self.with(|state| state.outgoing(request, |push| push.layer(layer, positions, blocks)))
     }
 
     fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError> {
-        let (outgoing, links) = self.outgoing(request)?;
-        outgoing.finish(tail)?;
-        outgoing.drive(links);
-        outgoing.ask_for_poll();
-        Ok(())
+        self.with(|state| state.outgoing(request, |push| push.finish(tail)))
     }
 
     fn reject(&mut self, ticket: &Ticket) {
         match TicketFields::decode(&ticket.0) {
-            Ok(fields) => self.give_back(&fields),
+            Ok(fields) => self.with(|state| state.give_back(&fields)),
             Err(error) => tracing::debug!(%error, "a ticket to be refused makes no sense"),
         }
     }
 
     fn cancel(&mut self, request: RequestNumber) {
-        match self.transfers.get_mut(&request) {
-            Some(Transfer::Incoming(incoming)) => {
-                incoming.cancel();
-                incoming.drive();
-                incoming.ask_for_poll();
+        self.with(|state| {
+            match state.transfers.get_mut(&request) {
+                Some(Transfer::Incoming(incoming)) => incoming.cancel(),
+                Some(Transfer::Outgoing(outgoing)) => outgoing.cancel(),
+                None => return,
             }
-            Some(Transfer::Outgoing(outgoing)) => {
-                outgoing.cancel();
-                outgoing.drive(&mut self.links);
-                outgoing.ask_for_poll();
-            }
-            None => {}
-        }
+            state.drive(request);
+        });
     }
 
     fn poll(&mut self, out: &mut Vec<Outcome>) {
-        let mut keys = std::mem::take(&mut self.keys);
-        self.links.ready.take(&mut keys);
-        for key in keys.drain(..) {
-            let request = match key {
-                Key::Release(_) => {
-                    self.links.drive_release(key);
-                    continue;
-                }
-                Key::Transfer(request) => request,
-            };
-            let outcome = match self.transfers.get_mut(&request) {
-                Some(Transfer::Incoming(incoming)) => {
-                    incoming.drive();
-                    incoming.outcome()
-                }
-                Some(Transfer::Outgoing(outgoing)) => {
-                    outgoing.drive(&mut self.links);
-                    outgoing.outcome()
-                }
-                // A mark that was set when it had ended already.
-                None => None,
-            };
-            if let Some(outcome) = outcome {
-                self.transfers.remove(&request);
-                out.push(outcome);
-            }
-        }
-        self.keys = keys;
+        out.append(&mut self.shared.state.lock().outcomes);
     }
 
     fn on_ready(&mut self, waker: Box<dyn Fn() + Send + Sync>) {
-        self.links.ready.on_ready(Arc::from(waker));
+        *self.shared.notify.lock() = Some(Arc::from(waker));
+        if !self.shared.state.lock().outcomes.is_empty() {
+            self.shared.notify();
+        }
     }
 }
 

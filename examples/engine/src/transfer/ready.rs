@@ -1,22 +1,18 @@
 //! Who has something to do: transfers that kvpush has woken, and those whose time has come.
 //!
-//! kvpush's driver threads, and the alarm's thread, mark a transfer as ready and call the engine's waker; the engine
-//! thread takes the marks and polls the futures of those transfers, and no others. Nobody spins: the alarm sleeps until
-//! the earliest time it was set to, and for ever without one.
+//! kvpush's driver threads mark a transfer as ready; one thread of ours takes the marks and looks at those transfers, and
+//! no others. It sleeps until there is a mark or the earliest time it was set to; nobody spins.
 //!
-//! Invariant: a mark that is set after [`Ready::take`] has cleared it is seen by the next `take`, and the waker has been
-//! called in between.
+//! Invariant: a mark that is set after [`Ready::wait`] has taken it is seen by the next `wait`.
 
 use std::{
     cmp::Reverse,
     collections::BinaryHeap,
-    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Wake, Waker},
-    thread::JoinHandle,
     time::Instant,
 };
 
@@ -33,14 +29,18 @@ pub(super) enum Key {
     Release(u64),
 }
 
-/// What is called when there is something to do.
-type Notify = Arc<dyn Fn() + Send + Sync>;
-
-/// The marks.
+/// The marks, and the times.
 #[derive(Default)]
 pub(super) struct Ready {
-    marked: Mutex<Vec<Arc<Mark>>>,
-    notify: Mutex<Option<Notify>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    marked: Vec<Arc<Mark>>,
+    due: BinaryHeap<Reverse<Due>>,
+    is_over: bool,
 }
 
 /// One transfer's mark; as a [`Waker`] it marks.
@@ -48,6 +48,11 @@ pub(super) struct Mark {
     key: Key,
     is_set: AtomicBool,
     ready: Arc<Ready>,
+}
+
+struct Due {
+    at: Instant,
+    mark: Arc<Mark>,
 }
 
 impl Ready {
@@ -60,37 +65,59 @@ impl Ready {
         })
     }
 
-    /// Calls `notify` whenever something becomes ready, and now if something is.
-    pub(super) fn on_ready(&self, notify: Notify) {
-        *self.notify.lock() = Some(Arc::clone(&notify));
-        if !self.marked.lock().is_empty() {
-            notify();
+    /// Marks at `at`. There is no way to unset it: a mark without a cause costs one look.
+    pub(super) fn alarm(&self, at: Instant, mark: &Arc<Mark>) {
+        let mark = Arc::clone(mark);
+        self.state.lock().due.push(Reverse(Due { at, mark }));
+        self.changed.notify_one();
+    }
+
+    /// Waits until something is marked, takes the marks and adds whose they were to `keys`. False once it is over.
+    pub(super) fn wait(&self, keys: &mut Vec<Key>) -> bool {
+        let mut state = self.state.lock();
+        loop {
+            if state.is_over {
+                return false;
+            }
+            let now = Instant::now();
+            while state.due.peek().is_some_and(|Reverse(due)| due.at <= now) {
+                if let Some(Reverse(due)) = state.due.pop() {
+                    keys.push(due.mark.key);
+                }
+            }
+            for mark in state.marked.drain(..) {
+                // Before the caller looks: what happens from here on marks again.
+                mark.is_set.store(false, Ordering::SeqCst);
+                keys.push(mark.key);
+            }
+            if !keys.is_empty() {
+                return true;
+            }
+            match state.due.peek() {
+                None => self.changed.wait(&mut state),
+                Some(Reverse(due)) => {
+                    let at = due.at;
+                    self.changed.wait_until(&mut state, at);
+                }
+            }
         }
     }
 
-    /// Clears the marks and says whose they were.
-    pub(super) fn take(&self, keys: &mut Vec<Key>) {
-        let marked = std::mem::take(&mut *self.marked.lock());
-        keys.extend(marked.iter().map(|mark| {
-            // Before the caller polls: what happens from here on marks again.
-            mark.is_set.store(false, Ordering::SeqCst);
-            mark.key
-        }));
+    /// Ends every wait.
+    pub(super) fn end(&self) {
+        self.state.lock().is_over = true;
+        self.changed.notify_all();
     }
 }
 
 impl Mark {
-    /// Marks, and tells the engine unless it knows.
+    /// Marks.
     pub(super) fn set(self: &Arc<Self>) {
         if self.is_set.swap(true, Ordering::SeqCst) {
             return;
         }
-        self.ready.marked.lock().push(Arc::clone(self));
-        // Called without the lock: it may do what it likes.
-        let notify = self.ready.notify.lock().clone();
-        if let Some(notify) = notify {
-            notify();
-        }
+        self.ready.state.lock().marked.push(Arc::clone(self));
+        self.ready.changed.notify_one();
     }
 
     /// As a waker of futures.
@@ -107,29 +134,6 @@ impl Wake for Mark {
     fn wake_by_ref(self: &Arc<Self>) {
         self.set();
     }
-}
-
-/// Marks transfers at given times. Its thread ends with it.
-pub(super) struct Alarm {
-    shared: Arc<AlarmShared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct AlarmShared {
-    state: Mutex<AlarmState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct AlarmState {
-    due: BinaryHeap<Reverse<Due>>,
-    is_over: bool,
-}
-
-struct Due {
-    at: Instant,
-    mark: Arc<Mark>,
 }
 
 impl PartialEq for Due {
@@ -152,120 +156,47 @@ impl Ord for Due {
     }
 }
 
-impl Alarm {
-    /// Starts its thread.
-    ///
-    /// # Errors
-    ///
-    /// The system gives no thread.
-    pub(super) fn start() -> io::Result<Self> {
-        let shared = Arc::new(AlarmShared::default());
-        let state = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("engine-alarm".to_owned())
-            .spawn(move || state.run())?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
-    }
-
-    /// Marks at `at`. There is no way to unset it: a mark without a cause costs one look.
-    pub(super) fn set(&self, at: Instant, mark: &Arc<Mark>) {
-        let mut state = self.shared.state.lock();
-        state.due.push(Reverse(Due {
-            at,
-            mark: Arc::clone(mark),
-        }));
-        self.shared.changed.notify_one();
-    }
-}
-
-impl AlarmShared {
-    fn run(&self) {
-        let mut state = self.state.lock();
-        while !state.is_over {
-            let next = state.due.peek().map(|Reverse(due)| due.at);
-            match next {
-                None => self.changed.wait(&mut state),
-                Some(at) if at > Instant::now() => {
-                    self.changed.wait_until(&mut state, at);
-                }
-                Some(_) => {
-                    if let Some(Reverse(due)) = state.due.pop() {
-                        // The engine's waker must not find the lock taken.
-                        parking_lot::MutexGuard::unlocked(&mut state, || due.mark.set());
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        self.shared.state.lock().is_over = true;
-        self.shared.changed.notify_one();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the alarm's thread panicked");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{sync::atomic::AtomicUsize, time::Duration};
+    use std::time::Duration;
 
     use super::*;
 
     fn taken(ready: &Ready) -> Vec<Key> {
         let mut keys = Vec::new();
-        ready.take(&mut keys);
+        assert!(ready.wait(&mut keys));
         keys
     }
 
     #[test]
     fn a_mark_is_told_once_until_it_is_taken() {
         let ready = Arc::new(Ready::default());
-        let count = Arc::new(AtomicUsize::new(0));
-        let mark = ready.mark(Key::Transfer(7));
+        let (one, other) = (Key::Transfer(7), Key::Release(7));
+        let (mark, second) = (ready.mark(one), ready.mark(other));
         mark.set();
-        let counter = Arc::clone(&count);
-        ready.on_ready(Arc::new(move || {
-            counter.fetch_add(1, Ordering::SeqCst);
-        }));
-        assert_eq!(count.load(Ordering::SeqCst), 1, "what was ready before");
         mark.waker().wake_by_ref();
-        assert_eq!(count.load(Ordering::SeqCst), 1);
-        assert_eq!(taken(&ready), [Key::Transfer(7)]);
+        second.set();
+        assert_eq!(taken(&ready), [one, other]);
         mark.waker().wake();
-        assert_eq!(count.load(Ordering::SeqCst), 2);
-        assert_eq!(taken(&ready), [Key::Transfer(7)]);
-        assert!(taken(&ready).is_empty());
+        assert_eq!(taken(&ready), [one]);
+        let waiter = Arc::clone(&ready);
+        let waiter = std::thread::spawn(move || taken(&waiter));
+        second.set();
+        assert_eq!(waiter.join().expect("it was woken"), [other]);
+        ready.end();
+        assert!(!ready.wait(&mut Vec::new()));
     }
 
     #[test]
     fn alarms_go_off_in_the_order_of_their_times() {
         let ready = Arc::new(Ready::default());
-        let (sender, receiver) = std::sync::mpsc::channel();
-        let told = Arc::clone(&ready);
-        ready.on_ready(Arc::new(move || {
-            let mut keys = Vec::new();
-            told.take(&mut keys);
-            sender.send(keys).expect("the test listens");
-        }));
-        let alarm = Alarm::start().expect("a thread");
         let now = Instant::now();
         let marks: Vec<_> = (0..3).map(|key| ready.mark(Key::Release(key))).collect();
-        alarm.set(now + Duration::from_secs(3600), &marks[0]);
-        alarm.set(now + Duration::from_millis(20), &marks[1]);
-        alarm.set(now, &marks[2]);
-        let next = || receiver.recv_timeout(Duration::from_secs(30));
-        assert_eq!(next(), Ok(vec![Key::Release(2)]));
-        assert_eq!(next(), Ok(vec![Key::Release(1)]));
-        drop(alarm);
-        assert!(taken(&ready).is_empty(), "the last was not due");
+        ready.alarm(now + Duration::from_secs(3600), &marks[0]);
+        ready.alarm(now + Duration::from_millis(50), &marks[1]);
+        ready.alarm(now, &marks[2]);
+        assert_eq!(taken(&ready), [Key::Release(2)]);
+        assert_eq!(taken(&ready), [Key::Release(1)]);
+        assert!(now.elapsed() >= Duration::from_millis(50));
     }
 }

@@ -122,7 +122,10 @@ async fn facts_tokens_events_and_drain() {
     let mut client = client(&fixture).await;
     let info = client.server_info(ServerInfoRequest {}).await.unwrap();
     let info = info.into_inner();
-    assert_eq!((info.tp_size, info.block_size, info.role.as_str()), (1, 16, "both"));
+    assert_eq!(
+        (info.tp_size, info.block_size, info.role.as_str()),
+        (1, 16, "both")
+    );
     let chat = TokenizeRequest {
         prompt: Some(tokenize_request::Prompt::Chat(Chat {
             messages: vec![ChatMessage {
