@@ -127,6 +127,7 @@ impl Options {
             tp: self.tp as usize,
             context: 1 << 16,
             layer_time: self.layer_time,
+            kv_heads: 12,
             ..fake::Shape::default()
         };
         let model = match self.model.as_str() {

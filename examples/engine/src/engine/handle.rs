@@ -9,7 +9,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::broadcast;
 
-use super::{Config, KvChange, KvEvent, Replay, Stats, kv_events::KvEvents};
+use super::{Config, KvEvent, Replay, Stats, core::News, kv_events::KvEvents};
 use crate::{
     model::{Model, ModelConfig},
     request::{Leg, Request, RequestError},
@@ -35,7 +35,7 @@ pub(super) struct Facts {
     pub(super) block_tokens: usize,
     pub(super) blocks: usize,
     tp: usize,
-    has_transfers: bool,
+    pub(super) has_transfers: bool,
 }
 
 struct Inbox {
@@ -44,6 +44,8 @@ struct Inbox {
     known: HashMap<String, TakesTicket>,
     /// Requests that wait for the first time, here or in the scheduler.
     waiting: usize,
+    /// Transfers of requests that have ended.
+    closing: usize,
     /// Guess after which one more of them will have begun.
     retry_after: Duration,
     is_draining: bool,
@@ -57,9 +59,21 @@ type TakesTicket = bool;
 /// What a handle asks for.
 pub(super) enum Command {
     Submit(Box<Request>),
-    PushHeld { id: String, ticket: Vec<u8> },
-    Abort { id: String },
-    Finish { id: String, index: usize },
+    PushHeld {
+        id: String,
+        ticket: Vec<u8>,
+    },
+    /// Of a request that was refused.
+    Reject {
+        ticket: Vec<u8>,
+    },
+    Abort {
+        id: String,
+    },
+    Finish {
+        id: String,
+        index: usize,
+    },
     ClearPrefixCache,
 }
 
@@ -83,6 +97,7 @@ impl Handle {
                 commands: VecDeque::new(),
                 known: HashMap::new(),
                 waiting: 0,
+                closing: 0,
                 retry_after: Duration::from_secs(1),
                 is_draining: false,
                 is_shut_down: false,
@@ -100,16 +115,32 @@ impl Handle {
     ///
     /// The request is impossible, its id is under way already, the queue is full, or the engine is going away.
     pub fn submit(&self, request: Request) -> Result<(), RequestError> {
+        let ticket = match &request.leg {
+            Leg::Prefill { ticket } => Some(ticket.clone()),
+            _ => None,
+        };
         let result = self.try_submit(request);
         if result.is_err() {
             self.0.stats.lock().refused += 1;
+            if let Some(ticket) = ticket {
+                self.reject(ticket);
+            }
         }
         result
     }
 
+    /// The decode engine that has issued this is told that nothing will come.
+    fn reject(&self, ticket: Vec<u8>) {
+        let mut inbox = self.0.inbox.lock();
+        if inbox.check_alive().is_ok() {
+            self.0.send(&mut inbox, Command::Reject { ticket });
+        }
+    }
+
     fn try_submit(&self, request: Request) -> Result<(), RequestError> {
         let facts = &self.0.facts;
-        facts.check(&request)?;
+        let lost = self.0.stats.lock().blocks.lost;
+        facts.check(&request, lost)?;
         let mut inbox = self.0.inbox.lock();
         inbox.check_alive()?;
         if inbox.is_draining {
@@ -149,6 +180,7 @@ impl Handle {
                     Some(_) => "takes no ticket, or has one",
                     None => "is not under way: unknown, ended, or its time was up",
                 };
+                self.0.send(&mut inbox, Command::Reject { ticket });
                 return Err(RequestError::Invalid {
                     message: format!("the request {request_id:?} {why}"),
                     param: Some("request_id"),
@@ -235,7 +267,7 @@ impl Handle {
     /// Whether it takes no more requests and all have ended, with their transfers.
     pub fn is_drained(&self) -> bool {
         let inbox = self.0.inbox.lock();
-        inbox.is_dead || inbox.is_draining && inbox.known.is_empty()
+        inbox.is_dead || inbox.is_draining && inbox.known.is_empty() && inbox.closing == 0
     }
 
     /// Whether the engine thread runs.
@@ -252,24 +284,6 @@ impl Handle {
 
     pub(super) fn shared(&self) -> Arc<Shared> {
         Arc::clone(&self.0)
-    }
-}
-
-impl Facts {
-    fn check(&self, request: &Request) -> Result<(), RequestError> {
-        let invalid = |message: String, param| {
-            Err(RequestError::Invalid {
-                message,
-                param: Some(param),
-            })
-        };
-        if request.prompt.is_empty() {
-            return invalid("the prompt has no tokens".to_owned(), "prompt");
-        }
-        if !matches!(request.leg, Leg::Both) && !self.has_transfers {
-            return invalid("this engine has no peers".to_owned(), "leg");
-        }
-        Ok(())
     }
 }
 
@@ -326,35 +340,27 @@ impl Shared {
         !inbox.is_shut_down
     }
 
-    /// These requests have ended: their ids may be used again.
-    pub(super) fn ended<'a>(&self, ids: impl IntoIterator<Item = &'a str>) {
+    /// Shows what came of a step.
+    pub(super) fn show(&self, news: News) {
+        if !news.changes.is_empty() {
+            self.events.lock().publish(news.changes);
+        }
+        {
+            let mut stats = self.stats.lock();
+            let refused = stats.refused;
+            *stats = Stats {
+                refused,
+                ..news.stats
+            };
+        }
+        // Last: who sees that it is drained sees the statistics of that.
         let mut inbox = self.inbox.lock();
-        for id in ids {
+        for id in &news.ended {
             inbox.known.remove(id);
         }
-    }
-
-    /// This many requests have left the queue for the first time.
-    pub(super) fn left_queue(&self, count: usize, retry_after: Duration) {
-        let mut inbox = self.inbox.lock();
-        inbox.waiting = inbox.waiting.saturating_sub(count);
-        inbox.retry_after = retry_after;
-    }
-
-    /// Tells changes of the prefix cache.
-    pub(super) fn tell(&self, changes: Vec<KvChange>) {
-        if !changes.is_empty() {
-            self.events.lock().publish(changes);
-        }
-    }
-
-    /// Shows `stats`, except for what handles count.
-    pub(super) fn show(&self, stats: Stats) {
-        let mut shown = self.stats.lock();
-        *shown = Stats {
-            refused: shown.refused,
-            ..stats
-        };
+        inbox.waiting = inbox.waiting.saturating_sub(news.left_queue);
+        inbox.closing = news.closing;
+        inbox.retry_after = news.retry_after;
     }
 
     /// The engine thread ends.

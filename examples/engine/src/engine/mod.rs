@@ -3,12 +3,19 @@
 //! One thread, the engine thread, owns the blocks, the requests, the model and the transfers. Everybody else has a
 //! [`Handle`] and talks to it by messages; no call of a handle waits for a step.
 
+mod blocks;
+mod check;
 mod config;
+mod copying;
+mod core;
 pub mod fake;
 mod handle;
+mod hashing;
 mod kv_events;
+mod sampling;
 mod stats;
 mod step_loop;
+mod tail;
 
 use std::thread::JoinHandle;
 
