@@ -51,6 +51,13 @@ pub(crate) enum Command {
     Info(Box<ModelArgs>),
     /// Download the model of the examples, SmolLM2-135M-Instruct (98 MB), and verify it
     Fetch,
+    /// An engine of the demo; started by the demo itself
+    #[command(hide = true)]
+    Worker {
+        /// What the demo says
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 /// Which model, and how it is kept in memory.

@@ -28,7 +28,7 @@ pub mod server;
 pub mod stop;
 pub mod text;
 pub mod tickets;
-//mod tokenizer;
+mod tokenizer;
 
 use std::{
     sync::Arc,
