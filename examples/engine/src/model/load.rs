@@ -39,7 +39,12 @@ pub(super) fn load_from(
             None => Vec::new(),
         };
         let dim = config.head_dim;
-        Arc::new(Rotary::new(config.rope_theta, dim, config.context, &factors))
+        Arc::new(Rotary::new(
+            config.rope_theta,
+            dim,
+            config.context,
+            &factors,
+        ))
     };
     let exchange = Arc::new(Exchange::new(tp));
     let loader = Loader {
@@ -289,7 +294,10 @@ impl Loader<'_> {
             ],
             output: vec![columns("attn_output", q)?],
             feed_forward_norm: vector("ffn_norm")?,
-            gate_up: vec![rows("ffn_gate", inner, false)?, rows("ffn_up", inner, false)?],
+            gate_up: vec![
+                rows("ffn_gate", inner, false)?,
+                rows("ffn_up", inner, false)?,
+            ],
             down: vec![columns("ffn_down", inner)?],
         })
     }

@@ -29,8 +29,8 @@ use std::{
     sync::Arc,
 };
 
-pub use self::tokenizer::{Detokenizer, Message, Tokenizer};
 use self::file::{Source as _, gguf::Gguf, safetensors::Folder};
+pub use self::tokenizer::{Detokenizer, Message, Tokenizer};
 use crate::request::{BlockId, TokenId};
 
 /// What the model is.
@@ -288,7 +288,9 @@ pub fn tokenizer_of(source: &Source) -> Result<Tokenizer, ModelError> {
     match source {
         Source::BuiltIn(_) => Tokenizer::bytes(),
         Source::Gguf(path) => tokenizer::from_gguf::tokenizer(Gguf::open(path)?.metadata()),
-        Source::Safetensors(path) => Tokenizer::from_folder(path, Folder::open(path)?.config()?.eos),
+        Source::Safetensors(path) => {
+            Tokenizer::from_folder(path, Folder::open(path)?.config()?.eos)
+        }
     }
 }
 

@@ -38,7 +38,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::engine::Handle;
-pub use crate::runtime::Role;
+pub use crate::request::Role;
 
 /// What an operator chooses.
 #[derive(Clone, Debug)]

@@ -57,7 +57,11 @@ impl Answer {
     /// Waits until the text has `part`.
     pub(crate) async fn until(&mut self, part: &str) -> &str {
         while !self.text.contains(part) {
-            assert!(self.more().await, "it has ended without {part:?}: {}", self.text);
+            assert!(
+                self.more().await,
+                "it has ended without {part:?}: {}",
+                self.text
+            );
         }
         &self.text
     }

@@ -105,7 +105,11 @@ async fn rooms() {
         let body = ask(extra);
         let pause = |who| {
             let waits = lead != "none" && lead != who;
-            tokio::time::sleep(std::time::Duration::from_millis(if waits { 100 } else { 0 }))
+            tokio::time::sleep(std::time::Duration::from_millis(if waits {
+                100
+            } else {
+                0
+            }))
         };
         let (prefilled, decoded) = tokio::join!(
             async {
@@ -117,7 +121,11 @@ async fn rooms() {
                 post(pair.decode.address, PATH, &body).await
             }
         );
-        assert_eq!((prefilled.0, decoded.0), (200, 200), "{prefilled:?} {decoded:?}");
+        assert_eq!(
+            (prefilled.0, decoded.0),
+            (200, 200),
+            "{prefilled:?} {decoded:?}"
+        );
         assert_eq!(text(&decoded.1), expected, "{lead}");
     }
     pair.end().await;
@@ -128,7 +136,10 @@ async fn rooms() {
 async fn rooms_in_lists() {
     let pair = Pair::start(1, 1).await;
     let port = pair.prefill.address.port();
-    let prompts = ["the first of two prompts, with a few blocks", "and the second of them"];
+    let prompts = [
+        "the first of two prompts, with a few blocks",
+        "and the second of them",
+    ];
     let body = ask(json!({
         "prompt": prompts, "bootstrap_host": ["127.0.0.1", "127.0.0.1"], "bootstrap_port": [port, port],
         "bootstrap_room": [21, 22],
@@ -137,7 +148,11 @@ async fn rooms_in_lists() {
         post(pair.prefill.address, PATH, &body),
         post(pair.decode.address, PATH, &body)
     );
-    assert_eq!((prefilled.0, decoded.0), (200, 200), "{prefilled:?} {decoded:?}");
+    assert_eq!(
+        (prefilled.0, decoded.0),
+        (200, 200),
+        "{prefilled:?} {decoded:?}"
+    );
     for (index, prompt) in prompts.iter().enumerate() {
         let expected = expected(json!({"prompt": prompt})).await;
         assert_eq!(decoded.1["choices"][index]["text"], expected);

@@ -39,7 +39,10 @@ async fn a_ticket_for_another_prompt_is_refused() {
     let (status, answer) = post(pair.prefill.address, PATH, &ask(leg)).await;
     assert!(status >= 400, "{answer}");
     let rest = decode.rest().await;
-    assert!(events(&rest).iter().any(|event| event["error"].is_object()), "{rest}");
+    assert!(
+        events(&rest).iter().any(|event| event["error"].is_object()),
+        "{rest}"
+    );
     pair.end().await;
 }
 
@@ -48,7 +51,10 @@ async fn a_ticket_that_is_none_is_an_error() {
     let prefill = Node::start(Role::Prefill, 1).await;
     let leg = json!({"kvpush": {"ticket": "bm90IGEgdGlja2V0"}});
     let (status, answer) = post(prefill.address, PATH, &ask(leg)).await;
-    assert!((400..500).contains(&status) || status == 502, "{status} {answer}");
+    assert!(
+        (400..500).contains(&status) || status == 502,
+        "{status} {answer}"
+    );
     prefill.is_empty().await;
     prefill.drain().await;
 }

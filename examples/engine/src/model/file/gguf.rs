@@ -105,12 +105,13 @@ impl Gguf<memmap2::Mmap> {
 
 impl<D: AsRef<[u8]>> Gguf<D> {
     pub(crate) fn parse(path: &Path, data: D) -> Result<Self, ModelError> {
-        let (metadata, tensors) = Reader::new(data.as_ref())
-            .file()
-            .map_err(|what| ModelError::Format {
-                path: path.into(),
-                what,
-            })?;
+        let (metadata, tensors) =
+            Reader::new(data.as_ref())
+                .file()
+                .map_err(|what| ModelError::Format {
+                    path: path.into(),
+                    what,
+                })?;
         Ok(Self {
             path: path.into(),
             data,
@@ -163,8 +164,13 @@ impl<D: AsRef<[u8]>> Source for Gguf<D> {
                 "{rotated} of {head_dim} elements of a head rotated"
             )));
         }
-        let name = metadata.text("general.name").or(metadata.text("general.basename"));
-        let stem = self.path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let name = metadata
+            .text("general.name")
+            .or(metadata.text("general.basename"));
+        let stem = self
+            .path
+            .file_stem()
+            .map(|stem| stem.to_string_lossy().into_owned());
         let tokenizer = crate::model::tokenizer::from_gguf::tokenizer(metadata)?;
         let embedding = self.tensors.get("token_embd.weight");
         Ok(ModelConfig {
@@ -317,9 +323,9 @@ impl<'a> Reader<'a> {
                 let value = |_| self.value(kind, depth + 1);
                 Value::Array((0..count).map(value).collect::<Parsed<_>>()?)
             }
-            10 => Value::Integer(
-                i64::try_from(u64::from_le_bytes(self.array()?)).unwrap_or(i64::MAX),
-            ),
+            10 => {
+                Value::Integer(i64::try_from(u64::from_le_bytes(self.array()?)).unwrap_or(i64::MAX))
+            }
             11 => Value::Integer(i64::from_le_bytes(self.array()?)),
             12 => Value::Float(f64::from_le_bytes(self.array()?)),
             other => return Err(format!("a value of type {other} at byte {}", self.at)),

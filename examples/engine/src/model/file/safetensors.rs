@@ -71,7 +71,10 @@ impl Folder {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(path).map_err(open)? {
             let file = entry.map_err(open)?.path();
-            if file.extension().is_some_and(|extension| extension == "safetensors") {
+            if file
+                .extension()
+                .is_some_and(|extension| extension == "safetensors")
+            {
                 names.push(file);
             }
         }
@@ -115,10 +118,19 @@ impl Source for Folder {
         for (_, data) in &self.files {
             hasher.update(data);
         }
-        let name = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
-        let name = name.file_name().map(|name| name.to_string_lossy().into_owned());
+        let name = self
+            .path
+            .canonicalize()
+            .unwrap_or_else(|_| self.path.clone());
+        let name = name
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
         let heads = config.num_attention_heads;
-        let sizes = [config.hidden_size, config.intermediate_size, config.vocab_size];
+        let sizes = [
+            config.hidden_size,
+            config.intermediate_size,
+            config.vocab_size,
+        ];
         let sizes = sizes.into_iter().chain([
             heads,
             config.num_hidden_layers,
@@ -126,7 +138,9 @@ impl Source for Folder {
         ]);
         for size in sizes {
             if size >= 1 << 28 {
-                return Err(ModelError::Shape(format!("config.json has a size of {size}")));
+                return Err(ModelError::Shape(format!(
+                    "config.json has a size of {size}"
+                )));
             }
         }
         Ok(ModelConfig {

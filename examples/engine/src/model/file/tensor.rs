@@ -284,7 +284,10 @@ mod tests {
                 for (value, expected) in block.values.iter().zip(expected) {
                     let value = block.scale.to_f32() * f32::from(*value) + block.offset.to_f32();
                     let bound = bound.min(largest / 127.0);
-                    assert!((value - expected).abs() <= bound, "{kind:?} {value} {expected}");
+                    assert!(
+                        (value - expected).abs() <= bound,
+                        "{kind:?} {value} {expected}"
+                    );
                 }
             }
         }

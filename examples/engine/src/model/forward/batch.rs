@@ -127,10 +127,7 @@ fn check(
     }
     let is_foreign = |token: &&TokenId| **token as usize >= config.vocab;
     if let Some(token) = chunk.tokens.iter().find(is_foreign) {
-        return Err(format!(
-            "token {token} of a vocabulary of {}",
-            config.vocab
-        ));
+        return Err(format!("token {token} of a vocabulary of {}", config.vocab));
     }
     Ok(())
 }

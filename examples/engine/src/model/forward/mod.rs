@@ -148,7 +148,10 @@ impl Model for Llama {
         let blocks = (self.blocks, self.block_tokens);
         let step = Arc::new(Step::new(batch, &self.config, blocks, self.tbo)?);
         for other in &self.others {
-            let sent = other.steps.as_ref().map(|steps| steps.send(Arc::clone(&step)));
+            let sent = other
+                .steps
+                .as_ref()
+                .map(|steps| steps.send(Arc::clone(&step)));
             if !matches!(sent, Some(Ok(()))) {
                 self.exchange.fail();
             }

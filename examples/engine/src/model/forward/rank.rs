@@ -185,7 +185,14 @@ impl Rank {
         report(self.ranks, state, hear);
         let cache = (&self.cache, layer);
         let attended = &mut scratch.attended;
-        attention((isa, team), heads, &scratch.wide, &micro.sequences, cache, attended)?;
+        attention(
+            (isa, team),
+            heads,
+            &scratch.wide,
+            &micro.sequences,
+            cache,
+            attended,
+        )?;
         let source = From::Heads {
             values: &scratch.attended,
             width: heads.group * heads.head_dim / 16,
@@ -217,8 +224,16 @@ impl Rank {
         let need_in = need(&weights.gate_up);
         scratch
             .rows
-            .fill((isa, team), (rows, self.hidden), need_in, source, &|row| row);
-        product(isa, team, &weights.gate_up, &scratch.rows, &mut scratch.wide);
+            .fill((isa, team), (rows, self.hidden), need_in, source, &|row| {
+                row
+            });
+        product(
+            isa,
+            team,
+            &weights.gate_up,
+            &scratch.rows,
+            &mut scratch.wide,
+        );
         let inner = weights.down[0].inner;
         let source = From::Gated(&scratch.wide);
         let need_out = need(&weights.down);
@@ -295,17 +310,19 @@ impl Rank {
             source,
             &|row| wanted[row],
         );
-        product(self.isa, &mut self.team, head, &self.scratch.rows, &mut logits);
+        product(
+            self.isa,
+            &mut self.team,
+            head,
+            &self.scratch.rows,
+            &mut logits,
+        );
         logits
     }
 }
 
 /// Tells that a layer has been written as soon as all ranks have.
-fn report(
-    ranks: usize,
-    state: &mut State<'_>,
-    hear: &mut dyn FnMut(Happening, Range<usize>),
-) {
+fn report(ranks: usize, state: &mut State<'_>, hear: &mut dyn FnMut(Happening, Range<usize>)) {
     if let Some(layer) = state.unreported
         && state.micro.written.load(SeqCst) >= ranks * (layer + 1)
     {

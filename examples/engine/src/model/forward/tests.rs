@@ -74,7 +74,11 @@ fn bits_do_not_depend_on_chunks_blocks_or_the_batch() {
         let scattered = [63, 7, 31, 9, 40];
         for (i, token) in prompt.iter().enumerate() {
             let row = run(&mut *model, &[chunk(&[*token], i, &scattered)]);
-            assert_eq!(bits(row.row(0)), bits(expected.row(i)), "{options:?}: token {i}");
+            assert_eq!(
+                bits(row.row(0)),
+                bits(expected.row(i)),
+                "{options:?}: token {i}"
+            );
         }
         let third = [20, 21, 22, 23, 24];
         let others = [50, 51, 52];
@@ -125,9 +129,15 @@ fn ranks_agree_within_rounding() {
         for (weights, bound) in [(WeightMode::F32, 1e-4), (WeightMode::Q8_0, 0.1)] {
             let one = run(&mut *model(&of(1, weights)), &[chunk(&prompt, 0, &blocks)]);
             for tp in ranks {
-                let many = run(&mut *model(&of(*tp, weights)), &[chunk(&prompt, 0, &blocks)]);
+                let many = run(
+                    &mut *model(&of(*tp, weights)),
+                    &[chunk(&prompt, 0, &blocks)],
+                );
                 let difference = largest_difference(&one, &many);
-                assert!(difference < bound, "{built_in:?} {weights:?} {tp}: {difference}");
+                assert!(
+                    difference < bound,
+                    "{built_in:?} {weights:?} {tp}: {difference}"
+                );
             }
         }
     }
@@ -177,7 +187,9 @@ impl Observer for Heard {
 impl Heard {
     fn at(&self, what: &str) -> usize {
         let mut places = (0..self.0.len()).filter(|i| self.0[*i] == what);
-        let place = places.next().unwrap_or_else(|| panic!("{what}: {:?}", self.0));
+        let place = places
+            .next()
+            .unwrap_or_else(|| panic!("{what}: {:?}", self.0));
         assert_eq!(places.next(), None, "{what} twice");
         place
     }
@@ -190,7 +202,9 @@ fn each_layer_is_told_before_the_next_begins() {
         let prompt = tokens(1, 20);
         let mut model = model(&options(tp));
         let layers = model.config().layers;
-        model.forward(&[chunk(&prompt, 0, &[4, 5])], &mut heard).unwrap();
+        model
+            .forward(&[chunk(&prompt, 0, &[4, 5])], &mut heard)
+            .unwrap();
         for layer in 0..layers {
             let written = heard.at(&format!("written {layer} 0..1"));
             let computed = heard.at(&format!("computed {layer} 0..1"));
@@ -219,7 +233,8 @@ fn overlap_computes_one_micro_batch_while_the_other_is_exchanged() {
         model.forward(&batch, &mut heard).unwrap();
         for layer in 0..layers {
             for part in [Part::Attention, Part::FeedForward] {
-                let at = |what: &str, micro: &str| heard.at(&format!("{what} {layer} {part:?} {micro}"));
+                let at =
+                    |what: &str, micro: &str| heard.at(&format!("{what} {layer} {part:?} {micro}"));
                 // The second's computation ends with the start of its exchange, inside of the first's exchange.
                 let (started, ended) = (at("started", "0..1"), at("ended", "0..1"));
                 assert!(started < at("started", "1..2") && at("started", "1..2") < ended);
@@ -248,7 +263,10 @@ fn impossible_batches_are_refused() {
         let result = model.forward(&[chunk(tokens, start, blocks)], &mut ());
         assert!(matches!(result, Err(ModelError::Batch(_))), "{start}");
     }
-    assert!(matches!(model.forward(&[], &mut ()), Err(ModelError::Batch(_))));
+    assert!(matches!(
+        model.forward(&[], &mut ()),
+        Err(ModelError::Batch(_))
+    ));
     // It goes on.
     assert_eq!(run(&mut *model, &[chunk(&[1], 0, &[0])]).values.len(), 260);
 }
@@ -256,10 +274,16 @@ fn impossible_batches_are_refused() {
 #[test]
 fn what_cannot_be_shared_out_is_refused() {
     for tp in [0, 3, 8] {
-        assert!(matches!(load(&options(tp)), Err(ModelError::Options(_))), "{tp}");
+        assert!(
+            matches!(load(&options(tp)), Err(ModelError::Options(_))),
+            "{tp}"
+        );
     }
     for memory in [Memory::Blocks(0), Memory::Bytes(100)] {
-        let options = LoadOptions { memory, ..options(1) };
+        let options = LoadOptions {
+            memory,
+            ..options(1)
+        };
         assert!(matches!(load(&options), Err(ModelError::Options(_))));
     }
 }
@@ -268,11 +292,30 @@ fn what_cannot_be_shared_out_is_refused() {
 fn digests_tell_what_shapes_keys_and_values() {
     let mut digests = vec![
         model(&options(1)).config().digest,
-        model(&LoadOptions { weights: WeightMode::Q8_0, ..options(1) }).config().digest,
-        model(&LoadOptions { kv_dtype: KvDtype::Fp8E4m3, ..options(1) }).config().digest,
-        model(&LoadOptions { source: Source::of("tiny-three"), ..options(1) }).config().digest,
+        model(&LoadOptions {
+            weights: WeightMode::Q8_0,
+            ..options(1)
+        })
+        .config()
+        .digest,
+        model(&LoadOptions {
+            kv_dtype: KvDtype::Fp8E4m3,
+            ..options(1)
+        })
+        .config()
+        .digest,
+        model(&LoadOptions {
+            source: Source::of("tiny-three"),
+            ..options(1)
+        })
+        .config()
+        .digest,
     ];
-    assert_eq!(digests[0], model(&options(4)).config().digest, "ranks are no part of it");
+    assert_eq!(
+        digests[0],
+        model(&options(4)).config().digest,
+        "ranks are no part of it"
+    );
     digests.sort();
     digests.dedup();
     assert_eq!(digests.len(), 4);

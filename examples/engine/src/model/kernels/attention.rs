@@ -235,7 +235,10 @@ fn weigh<S: Lanes>(s: S, scores: &mut [F32x16], valid: usize) -> f32 {
     }
     let mut lanes = F32x16::default();
     s.store(largest, &mut lanes);
-    let largest = lanes.0.iter().fold(f32::MIN, |a, b| if *b > a { *b } else { a });
+    let largest = lanes
+        .0
+        .iter()
+        .fold(f32::MIN, |a, b| if *b > a { *b } else { a });
     let largest = s.splat(largest);
     let mut total = s.splat(0.0);
     let pages = scores.len();

@@ -7,10 +7,10 @@
 use half::f16;
 
 use crate::model::{
+    ModelError,
     file::{Block, Tensor},
     kernels::rows::Need,
     simd::{Bytes64, F16x16, F32x16},
-    ModelError,
 };
 
 /// Elements of a quantised block.
@@ -106,8 +106,7 @@ impl Matrix {
                 for (r, index) in (0..rows).map(row_at).enumerate() {
                     let (group, lane) = (r / GROUP, r % GROUP);
                     for b in 0..blocks {
-                        let block: Block =
-                            tensor.block(index, columns.start / BLOCK + b, is_q4)?;
+                        let block: Block = tensor.block(index, columns.start / BLOCK + b, is_q4)?;
                         let at = group * blocks + b;
                         scales[at].0[lane] = block.scale.to_bits();
                         if is_q4 {

@@ -37,7 +37,13 @@ impl Panels {
 }
 
 /// `input` times each of `matrices` transposed, side by side.
-pub(crate) fn product(isa: Isa, team: &mut Team, matrices: &[Matrix], input: &Rows, out: &mut Panels) {
+pub(crate) fn product(
+    isa: Isa,
+    team: &mut Team,
+    matrices: &[Matrix],
+    input: &Rows,
+    out: &mut Panels,
+) {
     let rows = input.rows;
     let groups: usize = matrices.iter().map(Matrix::groups).sum();
     out.rows = rows;
@@ -122,7 +128,13 @@ fn tile<S: Lanes, const M: usize>(
             let rows: [&[QuantisedBlock]; M] =
                 std::array::from_fn(|m| &input.blocks(first + m)[..blocks]);
             let lines = &lines[group * blocks * 8..][..blocks * 8];
-            bytes(s, lines, &scales[group * blocks..][..blocks], rows, &mut sums);
+            bytes(
+                s,
+                lines,
+                &scales[group * blocks..][..blocks],
+                rows,
+                &mut sums,
+            );
         }
         Weights::Q4 {
             lines,

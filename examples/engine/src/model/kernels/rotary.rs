@@ -6,13 +6,11 @@
 use parking_lot::Mutex;
 
 use super::product::Panels;
-use crate::{
-    model::{
-        ModelError,
-        forward::{batch::Place, team::Team},
-        kv::{Cache, MAX_HEAD_DIM, Role},
-        simd::F32x16,
-    },
+use crate::model::{
+    ModelError,
+    forward::{batch::Place, team::Team},
+    kv::{Cache, MAX_HEAD_DIM, Role},
+    simd::F32x16,
 };
 
 /// Sines and cosines of every position.
@@ -70,7 +68,9 @@ impl Rotary {
                 let Some((head, values)) = next else { break };
                 if head < heads {
                     self.turn_head(rows, values, places);
-                    values.iter_mut().for_each(|x| x.0.iter_mut().for_each(|x| *x *= scale));
+                    values
+                        .iter_mut()
+                        .for_each(|x| x.0.iter_mut().for_each(|x| *x *= scale));
                     continue;
                 }
                 let (role, head) = match head - heads {
@@ -86,7 +86,8 @@ impl Rotary {
                     for (i, to) in vector.chunks_mut(16).enumerate() {
                         to.copy_from_slice(&values[i * rows + row].0);
                     }
-                    let result = cache.store((layer, role, head), (place.block, place.slot), vector);
+                    let result =
+                        cache.store((layer, role, head), (place.block, place.slot), vector);
                     if let Err(error) = result {
                         *failure.lock() = Some(error);
                     }
@@ -104,7 +105,9 @@ impl Rotary {
     fn turn_head(&self, rows: usize, values: &mut [F32x16], places: &[Place]) {
         let (low, high) = values.split_at_mut(self.width * rows);
         for i in 0..self.width {
-            let pairs = low[i * rows..][..rows].iter_mut().zip(&mut high[i * rows..][..rows]);
+            let pairs = low[i * rows..][..rows]
+                .iter_mut()
+                .zip(&mut high[i * rows..][..rows]);
             for ((low, high), place) in pairs.zip(places) {
                 self.turn(place.position, low, high, i);
             }

@@ -220,7 +220,9 @@ fn quantise(values: &[f32], block: &mut QuantisedBlock) {
         let bits = (value * inverse + MAGIC).to_bits();
         *to = bits.wrapping_sub(MAGIC.to_bits()) as i32;
     }
-    block.sum = integers.iter().fold(0, |sum, value| sum.wrapping_add(*value));
+    block.sum = integers
+        .iter()
+        .fold(0, |sum, value| sum.wrapping_add(*value));
     for (to, four) in block.values.iter_mut().zip(integers.chunks_exact(4)) {
         *to = four[0] & 255 | (four[1] & 255) << 8 | (four[2] & 255) << 16 | four[3] << 24;
     }

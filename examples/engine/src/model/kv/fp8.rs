@@ -9,7 +9,8 @@ use std::sync::LazyLock;
 /// The largest finite value.
 const MAX: f32 = 448.0;
 
-static VALUES: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|bits| decode(bits as u8)));
+static VALUES: LazyLock<[f32; 256]> =
+    LazyLock::new(|| std::array::from_fn(|bits| decode(bits as u8)));
 
 /// Writes one byte for each value; returns the scale.
 pub(crate) fn quantise(values: &[f32], out: &mut [u8]) -> f32 {
@@ -55,7 +56,11 @@ fn decode(bits: u8) -> f32 {
         0 => mantissa / 512.0,
         exponent => (1.0 + mantissa / 8.0) * 2f32.powi(i32::from(exponent) - 7),
     };
-    if bits & 128 > 0 { -magnitude } else { magnitude }
+    if bits & 128 > 0 {
+        -magnitude
+    } else {
+        magnitude
+    }
 }
 
 #[cfg(test)]
@@ -81,7 +86,10 @@ mod tests {
         for step in 0..100_000 {
             let x = step as f32 * 448.0 / 100_000.0;
             let error = (decode(encode(x)) - x).abs();
-            let best = finite.iter().map(|y| (y - x).abs()).fold(f32::MAX, f32::min);
+            let best = finite
+                .iter()
+                .map(|y| (y - x).abs())
+                .fold(f32::MAX, f32::min);
             assert_eq!(error, best, "{x}");
         }
     }

@@ -150,7 +150,14 @@ impl Cache {
     }
 
     /// Where head `head` (of this rank's) of token `slot` of a page begins, and where its scale is.
-    fn place(&self, layer: usize, role: Role, head: usize, block: BlockId, slot: usize) -> (u64, u64) {
+    fn place(
+        &self,
+        layer: usize,
+        role: Role,
+        head: usize,
+        block: BlockId,
+        slot: usize,
+    ) -> (u64, u64) {
         let shape = &self.shape;
         let index = head * shape.block_tokens + slot;
         let page = (layer * shape.blocks as usize + block as usize) * shape.page_bytes();

@@ -206,8 +206,9 @@ mod tests {
             (state >> 33) as u32
         };
         for _ in 0..500 {
-            let floats = [(); 3]
-                .map(|()| F32x16([0; 16].map(|_| (next() as f32 / (1u64 << 31) as f32 - 0.5) * 40.0)));
+            let floats = [(); 3].map(|()| {
+                F32x16([0; 16].map(|_| (next() as f32 / (1u64 << 31) as f32 - 0.5) * 40.0))
+            });
             let bytes = Bytes64([0; 64].map(|_| next() as u8));
             let halves =
                 F16x16([0; 16].map(|_| half::f16::from_f32(next() as f32 / 1e8).to_bits()));

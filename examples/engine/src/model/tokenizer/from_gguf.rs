@@ -50,13 +50,15 @@ pub(crate) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
         .texts("tokenizer.ggml.merges")?
         .iter()
         .map(|merge| {
-            let (a, b) = merge.split_once(' ').ok_or_else(|| {
-                ModelError::Tokenizer(format!("{merge:?} is no pair of tokens"))
-            })?;
+            let (a, b) = merge
+                .split_once(' ')
+                .ok_or_else(|| ModelError::Tokenizer(format!("{merge:?} is no pair of tokens")))?;
             Ok((a.to_owned(), b.to_owned()))
         })
         .collect::<Result<Vec<_>, ModelError>>()?;
-    let vocab = (0..).zip(tokens).map(|(id, token): (TokenId, _)| (token.clone(), id));
+    let vocab = (0..)
+        .zip(tokens)
+        .map(|(id, token): (TokenId, _)| (token.clone(), id));
     let bpe = BPE::builder()
         .vocab_and_merges(vocab.collect::<Vocab>(), merges)
         .build()
@@ -65,13 +67,17 @@ pub(crate) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
     tokenizer.with_pre_tokenizer(Some(pre_tokenizer(text("tokenizer.ggml.pre"))?));
     tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
 
-    let types = metadata.integers("tokenizer.ggml.token_type").unwrap_or_default();
+    let types = metadata
+        .integers("tokenizer.ggml.token_type")
+        .unwrap_or_default();
     let of_type = |wanted: i64| {
         let both = tokens.iter().zip(&types);
         both.filter(move |(_, kind)| **kind == wanted)
             .map(|(token, _)| token.clone())
     };
-    let special: Vec<_> = of_type(CONTROL).map(|token| AddedToken::from(token, true)).collect();
+    let special: Vec<_> = of_type(CONTROL)
+        .map(|token| AddedToken::from(token, true))
+        .collect();
     tokenizer.add_special_tokens(&special);
     let added: Vec<_> = of_type(USER_DEFINED)
         .map(|token| AddedToken::from(token, false).normalized(false))
@@ -80,15 +86,19 @@ pub(crate) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
 
     let id = |key| {
         let id = metadata.integer(key)?;
-        TokenId::try_from(id).ok().filter(|id| (*id as usize) < tokens.len())
+        TokenId::try_from(id)
+            .ok()
+            .filter(|id| (*id as usize) < tokens.len())
     };
     let begin = id("tokenizer.ggml.bos_token_id");
     let end = id("tokenizer.ggml.eos_token_id");
     let mut eos: Vec<TokenId> = end.into_iter().collect();
     for text in ENDS {
-        eos.extend(tokenizer.token_to_id(text).filter(|id| {
-            types.get(*id as usize) == Some(&CONTROL)
-        }));
+        eos.extend(
+            tokenizer
+                .token_to_id(text)
+                .filter(|id| types.get(*id as usize) == Some(&CONTROL)),
+        );
     }
     eos.sort_unstable();
     eos.dedup();
@@ -103,7 +113,9 @@ pub(crate) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
         }
         None => None,
     };
-    let adds_begin = metadata.boolean("tokenizer.ggml.add_bos_token").unwrap_or(false);
+    let adds_begin = metadata
+        .boolean("tokenizer.ggml.add_bos_token")
+        .unwrap_or(false);
     Ok(Tokenizer::trained(
         tokenizer,
         begin.filter(|_| adds_begin),

@@ -12,8 +12,8 @@ mod tests;
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
-pub use self::{chat::Message, detokenizer::Detokenizer};
 use self::chat::Template;
+pub use self::{chat::Message, detokenizer::Detokenizer};
 use super::ModelError;
 use crate::request::TokenId;
 
