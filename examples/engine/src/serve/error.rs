@@ -106,8 +106,8 @@ impl ApiError {
     }
 }
 
-/// Phases of a deadline in which no work has been done yet.
-const BEFORE_WORK: [&str; 3] = ["waiting", "queued", "queue"];
+/// What the engine says of a request on which no work has been done yet.
+const BEFORE_WORK: &str = "waiting in the queue";
 
 /// What is said to a client that went away; nobody reads it.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
@@ -131,7 +131,7 @@ impl From<RequestError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", message)
                     .with_retry_after(Duration::from_secs(1))
             }
-            RequestError::Deadline { phase, .. } if BEFORE_WORK.contains(&phase) => {
+            RequestError::Deadline { phase, .. } if phase == BEFORE_WORK => {
                 Self::new(StatusCode::REQUEST_TIMEOUT, "deadline_exceeded", message)
             }
             RequestError::Deadline { .. } => {
@@ -197,7 +197,7 @@ mod tests {
         };
         assert_eq!(status(busy), (429, "engine_busy"));
         assert_eq!(status(RequestError::Draining), (503, "draining"));
-        assert_eq!(status(deadline("waiting")), (408, "deadline_exceeded"));
+        assert_eq!(status(deadline(BEFORE_WORK)), (408, "deadline_exceeded"));
         assert_eq!(status(deadline("decoding")), (504, "deadline_exceeded"));
         assert_eq!(status(transfer(true)), (503, "kv_transfer_failed"));
         assert_eq!(status(transfer(false)), (502, "kv_transfer_failed"));

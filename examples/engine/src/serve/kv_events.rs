@@ -1,8 +1,8 @@
 //! Changes of the prefix cache as server-sent events, with replay: what a gateway needs to know which blocks are here.
 //!
 //! `GET /kv_events?from=N`: every event from sequence number N on (1 is the first), and then those to come. Without
-//! `from`, those to come. `Last-Event-ID` is understood. An event `reset` says that some are missing: start again from
-//! an empty set.
+//! `from`, those to come. `Last-Event-ID` is understood. Where events are missing, and for `from=0`, an event `reset`
+//! says to start again from an empty set; what is in the cache now follows, as if it had just been stored.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc};
 
@@ -25,7 +25,7 @@ use crate::engine::{KvChange, KvEvent};
 /// One thing to tell a listener.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Told {
-    /// Some events are missing; the next has this number.
+    /// Start again from an empty set. After what is in the cache comes the event with this number.
     Reset(u64),
     /// The next event.
     Event(KvEvent),
@@ -49,20 +49,37 @@ impl Feed {
             app: Arc::clone(app),
             live,
             ready: VecDeque::new(),
-            next: from.map(|from| from.max(1)),
+            next: from,
         };
-        if let Some(from) = feed.next {
-            feed.replay(from);
+        match from {
+            None => {}
+            Some(0) => feed.reset(),
+            Some(from) => feed.replay(from),
         }
         feed
     }
 
+    /// What is there now, from an empty set on.
+    fn reset(&mut self) {
+        let snapshot = self.app.handle.kv_snapshot();
+        let block_size = self.app.handle.block_tokens();
+        let sequence = snapshot.sequence;
+        self.next = Some(sequence + 1);
+        self.ready.push_back(Told::Reset(sequence + 1));
+        let stored = snapshot.blocks.into_iter().map(|block| KvChange::Stored {
+            hashes: vec![block.hash],
+            parent: block.parent,
+            tokens: block.tokens,
+            block_size,
+        });
+        let events = stored.map(|change| KvEvent { sequence, change });
+        self.ready.extend(events.map(Told::Event));
+    }
+
     fn replay(&mut self, from: u64) {
         let replay = self.app.handle.replay_kv_events(from);
-        let first = replay.events.first().map(|event| event.sequence);
         if !replay.is_complete {
-            self.ready.push_back(Told::Reset(first.unwrap_or(1)));
-            self.next = first;
+            return self.reset();
         }
         if let Some(last) = replay.events.last() {
             self.next = Some(last.sequence + 1);

@@ -138,7 +138,7 @@ async fn exchange(
             .await
             .map_err(|error| failed(peer, error, true))?
             .to_bytes();
-        Ok((status, body))
+        Ok::<_, RequestError>((status, body))
     };
     // The connection is driven here, so that it ends with the call.
     tokio::pin!(connection);

@@ -62,6 +62,12 @@ pub fn ticket(param: &str, text: &str) -> Result<Vec<u8>, ApiError> {
     }
 }
 
+/// The ticket of a body that may be wrong otherwise.
+pub fn ticket_of(body: &Value) -> Option<Vec<u8>> {
+    let text = body.pointer("/kvpush/ticket")?.as_str()?;
+    ticket("kvpush.ticket", text).ok()
+}
+
 /// Encodes a ticket for JSON.
 pub fn ticket_text(ticket: &[u8]) -> String {
     STANDARD.encode(ticket)

@@ -9,21 +9,18 @@ use super::{
     AbortRequest, AbortResponse, DeliverTicketRequest, DeliverTicketResponse, DetokenizeRequest,
     DetokenizeResponse, DrainRequest, DrainResponse, GenerateRequest, GenerateResponse,
     HealthRequest, HealthResponse, KvEvent, KvEventsRequest, Reserved, ServerInfoRequest,
-    ServerInfoResponse, TokenizeRequest, TokenizeResponse, convert, generate_response,
-    tokenize_request, worker_server::Worker,
+    ServerInfoResponse, TokenizeRequest, TokenizeResponse, convert, generate_request,
+    generate_response, tokenize_request, worker_server::Worker,
 };
-use crate::{
-    request::RequestError,
-    serve::{
-        App,
-        dialect::{Part, native},
-        error::ApiError,
-        generate::{Generation, Output, Submission},
-        info,
-        kv_events::Feed,
-        openai::handler::fit_context,
-        random_id,
-    },
+use crate::serve::{
+    App,
+    dialect::{Part, native},
+    error::ApiError,
+    generate::{Generation, Output, Submission},
+    info,
+    kv_events::Feed,
+    openai::handler::fit_context,
+    random_id,
 };
 
 /// The service of one engine.
@@ -42,9 +39,6 @@ impl Service {
 
     fn prepare(&self, request: GenerateRequest) -> Result<Submission, ApiError> {
         let app = &self.app;
-        if app.is_draining() {
-            return Err(RequestError::Draining.into());
-        }
         let prompt = convert::prompt(app, &request)?;
         let room = app.handle.model().context.saturating_sub(prompt.len());
         let wanted = request.sampling.unwrap_or_default();
@@ -112,9 +106,18 @@ impl Worker for Service {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let submission = self
-            .prepare(request.into_inner())
-            .map_err(|error| convert::status(&error))?;
+        let request = request.into_inner();
+        let ticket = match &request.leg {
+            Some(generate_request::Leg::Prefill(leg)) => leg.ticket.clone(),
+            _ => Vec::new(),
+        };
+        let submission = self.prepare(request).map_err(|error| {
+            // The decode engine must not wait for what will not come.
+            if !ticket.is_empty() {
+                self.app.handle.reject(ticket);
+            }
+            convert::status(&error)
+        })?;
         let id = submission.id.clone();
         let generation = Generation::start(&self.app, submission)
             .await

@@ -94,22 +94,23 @@ async fn answer<F: Flavour>(
     headers: &HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    if app.is_draining() {
-        return Err(RequestError::Draining.into());
-    }
-    let length = body.as_ref().map_or(0, Bytes::len);
-    let body = json::object(body)?;
-    check_model(app, &body)?;
-    let (body, asked) = if length < LARGE_BODY {
-        let asked = F::read(app, &body)?;
-        (body, asked)
-    } else {
-        let app = Arc::clone(app);
-        tokio::task::spawn_blocking(move || F::read(&app, &body).map(|asked| (body, asked)))
+    let is_large = body.as_ref().is_ok_and(|body| body.len() >= LARGE_BODY);
+    let body = Arc::new(json::object(body)?);
+    let prepared = if is_large {
+        let (app, headers, body) = (Arc::clone(app), headers.clone(), Arc::clone(&body));
+        tokio::task::spawn_blocking(move || prepare::<F>(&app, &headers, &body))
             .await
-            .map_err(|error| ApiError::internal(format!("reading the body: {error}")))??
+            .map_err(|error| ApiError::internal(format!("reading the body: {error}")))
+            .flatten()
+    } else {
+        prepare::<F>(app, headers, &body)
     };
-    let (submission, reply) = prepare::<F>(app, headers, &body, asked)?;
+    let (submission, reply) = prepared.inspect_err(|_| {
+        // The decode engine must not wait for what will not come.
+        if let Some(ticket) = native::ticket_of(&body) {
+            app.handle.reject(ticket);
+        }
+    })?;
     let mut generation = Generation::start(app, submission).await?;
     let first = generation.next().await.transpose()?;
     if reply.is_streaming {
@@ -166,14 +167,14 @@ fn prepare<F: Flavour>(
     app: &App,
     headers: &HeaderMap,
     body: &Value,
-    asked: Asked,
 ) -> Result<(Submission, Reply), ApiError> {
+    check_model(app, body)?;
     let Asked {
         prompts,
         echo,
         mut sampling,
         common,
-    } = asked;
+    } = F::read(app, body)?;
     let disaggregation = Disaggregation::of(
         body,
         app.settings.role,

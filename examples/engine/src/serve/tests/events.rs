@@ -46,6 +46,15 @@ async fn a_number_of_another_start_is_reset() {
     let fixture = Fixture::new();
     let told = listen(&fixture, "/kv_events?from=1000", 1).await;
     assert_eq!(told[0].0, "reset");
+    assert_eq!(told[0].1["next"], 1);
+    let body = json!({"prompt": "x".repeat(40), "max_tokens": 1});
+    fixture.post("/v1/completions", &body).await;
+    for from in [0, 1000] {
+        // Two whole blocks are there.
+        let told = listen(&fixture, &format!("/kv_events?from={from}"), 3).await;
+        assert_eq!(told[0].0, "reset");
+        assert!(told[1..].iter().all(|(_, event)| event["type"] == "stored"));
+    }
     let (status, answer) = fixture.get("/kv_events?from=x").await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert_eq!(answer["error"]["param"], "from");
