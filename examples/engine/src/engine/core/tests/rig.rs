@@ -13,7 +13,7 @@ use super::network::{End, Network};
 use crate::{
     engine::{
         BlockHash, Config, KvChange, Stats,
-        core::Core,
+        core::{Core, Farewell},
         fake::{self, FakeModel, Shape},
         handle::Command,
         sampling::{History, Sampler},
@@ -199,10 +199,11 @@ impl Rig {
 
     /// Notes what has come, and checks the core.
     fn look(&mut self, side: usize) {
+        let news = self.cores[side].news();
+        news.farewells.into_iter().for_each(Farewell::send);
         for client in &mut self.clients {
             client.listen();
         }
-        let news = self.cores[side].news();
         let mirror = &mut self.mirrors[side];
         for change in news.changes {
             match change {
