@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use kvpush::memory::Memory as _;
 use kvpush_engine::model::load;
 
 use super::{ModelArgs, Result};
@@ -15,7 +16,7 @@ pub(crate) fn run(args: &ModelArgs) -> Result<ExitCode> {
         .shards()
         .iter()
         .flat_map(|shard| &shard.memory)
-        .map(|memory| kvpush::memory::Memory::len(memory.as_ref()) as u64)
+        .map(|memory| memory.length())
         .sum();
     let block = bytes / u64::from(model.blocks().max(1));
     println!("model            {}", config.name);

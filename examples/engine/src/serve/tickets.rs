@@ -319,7 +319,7 @@ mod tests {
         let second = rooms.arrive("1", Vec::new(), PATIENCE);
         assert_eq!(second.map(|_| ()).unwrap_err().status, StatusCode::CONFLICT);
         drop(first);
-        let _ = wait(&rooms, "1");
+        drop(wait(&rooms, "1"));
     }
 
     #[test]
@@ -334,7 +334,8 @@ mod tests {
             StatusCode::TOO_MANY_REQUESTS
         );
         drop(held);
-        let _ = wait(&rooms, "more");
+        let more = wait(&rooms, "more");
         assert_eq!(rooms.state.lock().rooms.len(), 1);
+        drop(more);
     }
 }

@@ -49,6 +49,8 @@ async fn a_number_of_another_start_is_reset() {
     assert_eq!(told[0].1["next"], 1);
     let body = json!({"prompt": "x".repeat(40), "max_tokens": 1});
     fixture.post("/v1/completions", &body).await;
+    // They are told a little after the answer.
+    listen(&fixture, "/kv_events?from=1", 1).await;
     for from in [0, 1000] {
         // Two whole blocks are there.
         let told = listen(&fixture, &format!("/kv_events?from={from}"), 3).await;

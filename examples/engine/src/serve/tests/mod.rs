@@ -92,7 +92,7 @@ impl Fixture {
         assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         let body = response.into_body().collect().await.expect("a body");
-        events(&String::from_utf8(body.to_bytes().to_vec()).expect("UTF-8"))
+        events(std::str::from_utf8(&body.to_bytes()).expect("UTF-8"))
     }
 
     /// The JSON of a stream that ends well.
