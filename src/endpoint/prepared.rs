@@ -12,7 +12,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -80,6 +80,8 @@ pub(crate) struct PageList {
     pub(crate) pages: Box<[u32]>,
     /// Whose account the plans are on; nobody's, if the caller has asked for them.
     budget: Option<Arc<PlanBudget>>,
+    /// Whether it is for more than one layer.
+    repeated: AtomicBool,
     kept: Mutex<Kept>,
 }
 
@@ -96,6 +98,7 @@ impl PageList {
         Arc::new(Self {
             first: first as u32,
             pages: pages.into(),
+            repeated: AtomicBool::new(budget.is_none()),
             budget,
             kept: Mutex::default(),
         })
@@ -104,6 +107,16 @@ impl PageList {
     /// Whether it is the list of these pages from this position on.
     pub(crate) fn is(&self, first: usize, pages: &[u32]) -> bool {
         self.first as usize == first && *self.pages == *pages
+    }
+
+    /// Says that it is handed over again.
+    pub(crate) fn repeat(&self) {
+        self.repeated.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is worth while to keep plans: it has been prepared, or been handed over more than once.
+    pub(crate) fn is_repeated(&self) -> bool {
+        self.repeated.load(Ordering::Relaxed)
     }
 
     /// The first plan of the pages from index `from` on that `fits`, which is given the layer that it was made for.
@@ -122,8 +135,8 @@ impl PageList {
         if plans.len() >= MOST_GEOMETRIES {
             return;
         }
-        let bytes = size_of_val::<[PlannedWrite]>(&plan.writes)
-            + size_of_val::<[SourceRun]>(&plan.sources);
+        let bytes =
+            size_of_val::<[PlannedWrite]>(&plan.writes) + size_of_val::<[SourceRun]>(&plan.sources);
         let bytes = bytes as u64;
         match &self.budget {
             Some(budget) if !budget.take(bytes) => return,
@@ -164,6 +177,7 @@ mod tests {
     #[test]
     fn plans_are_found_by_place_and_layer() {
         let list = PageList::new(5, &[1, 2, 3], None);
+        assert!(list.is_repeated(), "prepared for all layers");
         assert!(list.is(5, &[1, 2, 3]) && !list.is(4, &[1, 2, 3]) && !list.is(5, &[1, 2]));
         list.keep(0, 7, &plan(1));
         list.keep(2, 7, &plan(2));
@@ -172,7 +186,10 @@ mod tests {
             let plan = list.plan(from, |layer| layer == wanted);
             plan.map(|plan| plan.writes.len())
         };
-        assert_eq!([writes(0, 7), writes(2, 7), writes(2, 8)], [1, 2, 3].map(Some));
+        assert_eq!(
+            [writes(0, 7), writes(2, 7), writes(2, 8)],
+            [1, 2, 3].map(Some)
+        );
         assert_eq!([writes(1, 7), writes(0, 8)], [None; 2]);
         for layer in 9..100 {
             list.keep(0, layer, &plan(1));
@@ -187,6 +204,9 @@ mod tests {
         let list = || PageList::new(0, &[1], Some(Arc::clone(&budget)));
         let kept = |list: &PageList| list.plan(0, |_| true).is_some();
         let (first, second) = (list(), list());
+        assert!(!first.is_repeated());
+        first.repeat();
+        assert!(first.is_repeated());
         first.keep(0, 0, &large);
         second.keep(0, 0, &plan(1));
         assert!(kept(&first) && !kept(&second));

@@ -220,6 +220,7 @@ impl Push {
         let list = match last.map(Arc::clone) {
             Some(list) => {
                 input.take_checked(layer, first, pages.len(), granted)?;
+                list.repeat();
                 list
             }
             None => {
@@ -505,6 +506,9 @@ impl Pushed {
     fn first_repeated(&self, first: usize, count: usize, granted: usize) -> Option<usize> {
         if self.count == granted {
             return (count > 0).then_some(first);
+        }
+        if self.positions.is_empty() {
+            return None;
         }
         (first..first + count).find(|&p| {
             self.positions

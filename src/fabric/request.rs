@@ -71,7 +71,7 @@ pub struct FileRange<'a> {
 }
 
 /// Names a registration in requests of its own device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct LocalKey(pub u32);
 

@@ -77,10 +77,7 @@ impl Double {
     /// From now on payload is moved and keys are checked, or not.
     pub(crate) fn move_bytes(&self, moves: bool) {
         // SAFETY: the type is that of the double's function.
-        let set = unsafe {
-            self.library
-                .get::<extern "C" fn(bool)>("double_move_bytes")
-        };
+        let set = unsafe { self.library.get::<extern "C" fn(bool)>("double_move_bytes") };
         set.expect("a function of the double")(moves);
     }
 

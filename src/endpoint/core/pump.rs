@@ -171,74 +171,105 @@ fn build_pages(
 ) -> Option<()> {
     let first_id = scratch.next_sequence(lane);
     let (built, gathered) = (scratch.requests.len(), scratch.sges.len());
-    let every = signal_every(lane);
-    let mut unsignalled = lane.unsignalled;
-    let mut bytes = 0;
     let (plan, translation) = (lane.plan(), &lane.translation);
     let writes = plan.writes.get(range)?;
-    // Neighbouring writes are in the same regions as a rule.
-    let mut source: Option<(u16, (u64, LocalKey))> = None;
-    let mut target: Option<(u16, (u64, RemoteKey))> = None;
-    let mut add = || {
-        for (id, write) in (first_id..).zip(writes) {
-            let first_sge = scratch.sges.len() as u32;
-            for run in plan.sources_of(write) {
-                let (address, key) = match source {
-                    Some((region, known)) if region == run.region => known,
-                    _ => {
-                        let found = ends.source(translation, run.region)?;
-                        source = Some((run.region, found));
-                        found
-                    }
-                };
-                scratch.sges.push(Sge {
-                    address: address.wrapping_add(run.offset),
-                    length: run.length,
-                    key,
-                });
-            }
-            let (address, remote_key) = match target {
-                Some((region, known)) if region == write.region => known,
-                _ => {
-                    let found = ends.target(translation, write.region)?;
-                    target = Some((write.region, found));
-                    found
-                }
-            };
-            unsignalled += 1;
-            let signaled = unsignalled >= every;
-            if signaled {
-                unsignalled = 0;
-            }
+    let (Some(first), Some(last)) = (writes.first(), writes.last()) else {
+        return Some(());
+    };
+    // The runs of consecutive writes follow each other.
+    let end = last.first_source as usize + last.source_count as usize;
+    let runs = plan.sources.get(first.first_source as usize..end)?;
+    let mut source = Memo::new(|region| ends.source(translation, region));
+    scratch.sges.extend(runs.iter().map(|run| {
+        let (address, key) = source.of(run.region);
+        Sge {
+            address: address.wrapping_add(run.offset),
+            length: run.length,
+            key,
+        }
+    }));
+    let mut target = Memo::new(|region| ends.target(translation, region));
+    let mut bytes = 0;
+    let mut first_sge = gathered as u32;
+    scratch
+        .requests
+        .extend((first_id..).zip(writes).map(|(id, write)| {
+            let (address, remote_key) = target.of(write.region);
             bytes += u64::from(write.length);
-            scratch.requests.push(WorkRequest {
+            let first = first_sge;
+            first_sge += write.source_count;
+            WorkRequest {
                 id,
                 opcode: Opcode::Write,
                 remote_address: address.wrapping_add(write.offset),
                 remote_key,
-                first_sge,
+                first_sge: first,
                 sge_count: write.source_count,
-                signaled,
+                signaled: false,
                 inline: false,
-            });
-        }
-        Some(())
-    };
-    if add().is_none() {
+            }
+        }));
+    if source.is_missing || target.is_missing {
         scratch.requests.truncate(built);
         scratch.sges.truncate(gathered);
         return None;
     }
     let count = scratch.requests.len() - built;
-    if count == 0 {
-        return Some(());
-    }
     if let (Some(imm), Some(last)) = (imm, scratch.requests.last_mut()) {
         last.opcode = Opcode::WriteImm(imm);
     }
-    lane.unsignalled = unsignalled;
+    // As `request` would have counted them.
+    let every = signal_every(lane) as usize;
+    let unsignalled = lane.unsignalled as usize;
+    let until = every - 1 - unsignalled.min(every - 1);
+    for request in scratch.requests[built..]
+        .iter_mut()
+        .skip(until)
+        .step_by(every)
+    {
+        request.signaled = true;
+    }
+    lane.unsignalled = ((unsignalled + count) % every) as u32;
     scratch.belongs(Owner::Push(push), count as u32, bytes);
     Some(())
+}
+
+/// Looks places up by region, and remembers the last: neighbours are in the same region as a rule.
+struct Memo<K, F> {
+    find: F,
+    region: u32,
+    found: (u64, K),
+    /// Whether there was a region without a place.
+    is_missing: bool,
+}
+
+impl<K: Copy + Default, F: FnMut(u16) -> Option<(u64, K)>> Memo<K, F> {
+    fn new(find: F) -> Self {
+        Self {
+            find,
+            // None has this number.
+            region: u32::MAX,
+            found: (0, K::default()),
+            is_missing: false,
+        }
+    }
+
+    #[inline]
+    fn of(&mut self, region: u16) -> (u64, K) {
+        if self.region != u32::from(region) {
+            self.look_up(region);
+        }
+        self.found
+    }
+
+    #[cold]
+    fn look_up(&mut self, region: u16) {
+        self.region = region.into();
+        match (self.find)(region) {
+            Some(found) => self.found = found,
+            None => self.is_missing = true,
+        }
+    }
 }
 
 /// Makes the lane's plan that of `count` pages of a list, from its index `from` and the grant's position `first` on.
@@ -272,7 +303,7 @@ fn plan(
     let planned = pages.map(|(from, to)| planner.plan(layer, from, to, &mut lane.plan));
     // Pages and layers were checked when they were handed over, and the peer's layout when the push was opened.
     debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
-    if keeps {
+    if keeps && list.is_repeated() {
         list.keep(from, layer, &lane.plan);
     }
 }

@@ -64,17 +64,22 @@ impl LaneLimits {
     fn gather<'a>(&self, request: &WorkRequest, sges: &'a [Sge]) -> Option<&'a [Sge]> {
         let first = request.first_sge as usize;
         let gather = sges.get(first..first + request.sge_count as usize)?;
-        let is_read = request.opcode == Opcode::Read;
-        let most = if is_read {
-            self.max_read_sge
-        } else {
-            self.max_sge
+        let bytes = match gather {
+            [sge] => u64::from(sge.length),
+            several => several.iter().map(|sge| u64::from(sge.length)).sum(),
         };
-        let bytes: u64 = gather.iter().map(|sge| u64::from(sge.length)).sum();
-        let fits = request.sge_count <= most
+        let is_read = matches!(request.opcode, Opcode::Read);
+        let fits = request.sge_count <= self.max_sge
             && bytes <= self.max_message
-            && (!request.inline || !is_read && bytes <= u64::from(self.max_inline));
+            && (!(is_read || request.inline) || self.fits_specially(request, is_read, bytes));
         fits.then_some(gather)
+    }
+
+    /// What reads and inline writes need besides.
+    #[inline(never)]
+    fn fits_specially(&self, request: &WorkRequest, is_read: bool, bytes: u64) -> bool {
+        let inline = !is_read && bytes <= u64::from(self.max_inline);
+        (!is_read || request.sge_count <= self.max_read_sge) && (!request.inline || inline)
     }
 
     /// Why there is none.
@@ -118,10 +123,7 @@ impl LaneLimits {
 #[cold]
 fn full(place: &Place, lane: &Lane) -> FabricError {
     let (queue, depth) = ("send queue", lane.sent.depth());
-    place.error(
-        "ibv_post_send",
-        FabricErrorKind::QueueFull { queue, depth },
-    )
+    place.error("ibv_post_send", FabricErrorKind::QueueFull { queue, depth })
 }
 
 /// Scratch memory for chains.
@@ -270,8 +272,8 @@ impl Poster {
             // An empty list is not looked at.
             send.sg_list = gather.as_ptr().cast_mut().cast();
             send.num_sge = gather.len() as i32;
-            send.send_flags = u32::from(request.signaled) * sys::IBV_SEND_SIGNALED
-                | u32::from(request.inline) * sys::IBV_SEND_INLINE;
+            send.send_flags = (u32::from(request.signaled) * sys::IBV_SEND_SIGNALED)
+                | (u32::from(request.inline) * sys::IBV_SEND_INLINE);
             send.opcode = match request.opcode {
                 Opcode::Write => sys::IBV_WR_RDMA_WRITE,
                 Opcode::WriteImm(imm) => {

@@ -286,7 +286,7 @@ fn layers_of_another_geometry_are_not_translated() {
         let keys = &mut other.layers[1].planes[0];
         (keys.region, keys.offset) = (region, beyond);
     };
-    assert_eq!(changed(&merged).0, false);
+    assert!(!changed(&merged).0);
     let wider = |other: &mut KvLayout| other.layers[1].planes[0].page_stride *= 2;
-    assert_eq!(changed(&wider).0, false);
+    assert!(!changed(&wider).0);
 }
