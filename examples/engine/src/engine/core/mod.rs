@@ -184,7 +184,6 @@ impl Core {
             usage: crate::request::Usage::default(),
             was_admitted: false,
             is_counted: false,
-            given_up: 0,
             prompt_logprobs: wants_prompt.then(Vec::new),
         };
         tracing::debug!(id = job.id, number, prompt = job.prompt, "request");

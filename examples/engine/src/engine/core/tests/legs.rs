@@ -494,3 +494,16 @@ fn an_outcome_that_was_on_its_way_when_the_client_went_returns_the_blocks() {
     rig.assert_returned(0, 0);
     rig.assert_returned(1, 0);
 }
+
+#[test]
+fn who_does_not_fit_any_more_is_told() {
+    let mut rig = Rig::new(&[24, 8], &config());
+    let (there, _) = reserved(&mut rig, &prompt(7, 16), &greedy(1), OnFailure::Fail);
+    let other = rig.submit(1, Leg::Both, &prompt(1, 20), greedy(1));
+    rig.step(1);
+    rig.network.lock().fail(1, Failure::UnfencedArrival);
+    rig.settle();
+    assert!(matches!(error(&rig, there), RequestError::Transfer { .. }));
+    assert!(matches!(error(&rig, other), RequestError::Busy { .. }));
+    rig.assert_returned(1, 4);
+}

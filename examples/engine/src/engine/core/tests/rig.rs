@@ -44,6 +44,7 @@ pub(super) struct Client {
     pub(super) prompt: Vec<TokenId>,
     pub(super) params: SamplingParams,
     pub(super) is_prefill: bool,
+    pub(super) is_decode: bool,
     pub(super) heard: Heard,
     events: Option<mpsc::UnboundedReceiver<Event>>,
 }
@@ -153,6 +154,7 @@ impl Rig {
             side,
             prompt: prompt.to_vec(),
             params: params.clone(),
+            is_decode: matches!(leg, Leg::Decode { .. }),
             is_prefill: matches!(leg, Leg::Prefill { .. } | Leg::PrefillHeld),
             heard: Heard::default(),
             events: Some(receiver),

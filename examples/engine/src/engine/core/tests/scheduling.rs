@@ -352,3 +352,32 @@ fn a_preempted_prompt_tells_its_log_probabilities_once() {
     let ids: Vec<_> = found.expect("asked for").iter().map(|t| t.id).collect();
     assert_eq!(ids, tokens[1..]);
 }
+
+#[test]
+fn completions_that_were_preempted_share_the_prompt_again() {
+    for prefix_cache in [true, false] {
+        let config = Config {
+            prefix_cache,
+            ..config()
+        };
+        // The completions need 6 blocks together and 2 each: all there are.
+        let mut rig = Rig::new(&[12], &config);
+        let ignoring = |max_tokens, n| SamplingParams {
+            n,
+            ignore_eos: true,
+            seed: Some(5),
+            max_tokens,
+            ..SamplingParams::default()
+        };
+        let older = rig.submit(0, Leg::Both, &prompt(1, 4), ignoring(12, 1));
+        let client = rig.submit(0, Leg::Both, &prompt(3, 24), ignoring(8, 3));
+        rig.settle();
+        assert!(rig.stats[0].preemptions > 0 && rig.stats[0].preempted_tokens > 0);
+        rig.clients[older].assert_right();
+        rig.clients[client].assert_right();
+        for index in 0..3 {
+            assert_eq!(rig.ids(client, index).len(), 8);
+        }
+        rig.assert_returned(0, 0);
+    }
+}
