@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::process::{self, stage};
-use crate::{audit, fuzz, gpu_libs, loom, oracle, rxe, sim};
+use crate::{audit, fuzz, gpu_libs, instructions, loom, openai, oracle, rxe, sim};
 
 const TEST_HELP: &str = "\
 cargo xtask test: every test there is
@@ -15,13 +15,14 @@ STAGES
     1. cargo test --workspace    unit, property, simulated and two-process tests, then the documentation's examples
     2. cargo xtask sim           10,000 schedules of whole endpoints in simulated time, under faults
     3. cargo xtask gpu-libs      the GPU bindings against Debian's ROCm libraries and headers, where this is Debian
-    4. cargo xtask rxe           the RDMA suites and kvpush-bench over soft-RoCE, in QEMU guests
+    4. cargo xtask openai        kvpush-engine's API, by the openai Python client
+    5. cargo xtask rxe           the RDMA suites and kvpush-bench over soft-RoCE, in QEMU guests
 
-Stage 4 needs Debian on x86_64 with the packages it names; run as root it installs what is missing. If it cannot run,
+Stage 4 needs python3 and a package index. Stage 5 needs Debian on x86_64 with the packages it names; run as root it installs what is missing. If it cannot run,
 `cargo xtask test` fails: RDMA that was not tested is not known to work.
 
 OPTIONS
-    --no-rxe      Leave stage 4 out
+    --no-rxe      Leave stage 5 out
     -h, --help    Show this text
 ";
 
@@ -33,7 +34,7 @@ USAGE
 
 STAGES
     cargo fmt --check; cargo clippy and cargo doc, warnings being errors; cargo xtask audit; cargo xtask oracle;
-    cargo xtask loom; cargo xtask fuzz; cargo xtask test
+    cargo xtask loom; cargo xtask fuzz; cargo xtask instructions; cargo xtask test
 
 OPTIONS
     --no-rxe      Leave the soft-RoCE guests out (see `cargo xtask test --help`)
@@ -87,6 +88,7 @@ pub(crate) fn ci(args: &[String]) -> Result<()> {
     stage("oracle", || oracle::oracle(true))?;
     stage("loom", || loom::loom(&[]))?;
     stage("fuzzing", || fuzz::main(&[]))?;
+    stage("instructions for each page", || instructions::main(&[]))?;
     test_stages(with_rxe)?;
     println!(
         "\n==== ci: passed after {:.0} s",
@@ -112,6 +114,9 @@ fn test_stages(with_rxe: bool) -> Result<()> {
     })?;
     stage("simulated schedules", || sim::main(&[]))?;
     stage("GPU bindings against real libraries", gpu_libs::gpu_libs)?;
+    stage("the engine's API by the openai client", || {
+        openai::openai(&[])
+    })?;
     if with_rxe {
         return stage("soft-RoCE", || rxe::main(&[]));
     }

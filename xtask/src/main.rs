@@ -10,10 +10,13 @@ mod checks;
 mod fuzz;
 mod gpu_libs;
 mod guest;
+mod instructions;
 mod loom;
 mod mutants;
+mod openai;
 mod oracle;
 mod process;
+mod proto;
 mod rxe;
 mod sim;
 mod workspace;
@@ -36,9 +39,12 @@ COMMANDS
     fuzz      Run the fuzz targets from their seeds: every decoder, with libFuzzer and the address sanitizer
     loom      Every order of memory accesses in the lock-free parts
     miri      The tests of the pure layers under miri, where the toolchain has it
+    instructions  Count the instructions that a page costs, over a null device, against bounds in the repository
     mutants   Break the code of an invariant on purpose, one mutation at a time, and see a test notice
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
     gpu-libs  Our GPU bindings against the real ROCm libraries and headers (Debian's), and cuda.h where there is one
+    openai    Every endpoint of kvpush-engine, by the openai Python client
+    proto     Write the code of the engine's gRPC service from its .proto
     oracle    Compare our hand-made verbs definitions with the ones bindgen makes from the system's headers
     help      Show this text
 
@@ -73,9 +79,12 @@ fn dispatch(args: &[String]) -> Result<()> {
         "fuzz" => fuzz::main(rest),
         "loom" => loom::loom(rest),
         "miri" => loom::miri(rest),
+        "instructions" => instructions::main(rest),
         "mutants" => mutants::main(rest),
         "audit" => audit::main(rest),
         "gpu-libs" => gpu_libs::main(rest),
+        "openai" => openai::main(rest),
+        "proto" => proto::main(rest),
         "oracle" => oracle::main(rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

@@ -1,20 +1,33 @@
 //! The command line of kvpush-engine.
 
+mod cli;
+
 use std::process::ExitCode;
 
-use kvpush_engine::demo;
+use clap::Parser;
+use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let result = match arguments.split_first() {
+    let cli = Cli::parse_from(cli::with_long_tp(std::env::args_os()));
+    cli::logs::start(&cli.logs);
+    let result = match cli.command {
+        Command::Serve(args) => cli::serve::run(&args),
+        Command::Info(args) => cli::info::run(&args),
+        Command::Fetch => cli::fetch::run(),
         // An engine of the demo, in a process of its own.
-        Some((first, rest)) if first == "worker" => demo::worker::run(rest),
-        _ => Err("usage: kvpush-engine worker …".to_owned()),
+        Command::Worker { arguments } => kvpush_engine::demo::worker::run(&arguments)
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Into::into),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("kvpush-engine: {error}");
+            let mut source = error.source();
+            while let Some(cause) = source {
+                eprintln!("  because: {cause}");
+                source = cause.source();
+            }
             ExitCode::FAILURE
         }
     }

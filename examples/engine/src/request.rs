@@ -1,6 +1,10 @@
 //! What is asked of an engine, and what comes back. Plain data: every layer may use it.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    str::FromStr,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::mpsc;
 
@@ -54,6 +58,53 @@ pub enum Leg {
         /// What to do when the pages do not arrive.
         on_failure: OnFailure,
     },
+}
+
+/// Which part of the work an engine takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Whole requests, and either leg if it has peers.
+    #[default]
+    Both,
+    /// Prefill legs.
+    Prefill,
+    /// Decode legs.
+    Decode,
+}
+
+impl Role {
+    /// Whether it takes requests of this kind.
+    pub fn takes(self, leg: &Leg) -> bool {
+        match (self, leg) {
+            (Self::Both, _) => true,
+            (Self::Prefill, Leg::Prefill { .. } | Leg::PrefillHeld) => true,
+            (Self::Decode, Leg::Decode { .. }) => true,
+            (Self::Prefill | Self::Decode, _) => false,
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Both => "both",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        })
+    }
+}
+
+impl FromStr for Role {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "both" => Ok(Self::Both),
+            "prefill" => Ok(Self::Prefill),
+            "decode" => Ok(Self::Decode),
+            _ => Err(format!("{text:?} is no role: both, prefill, decode")),
+        }
+    }
 }
 
 /// What a decode engine does when pages do not arrive.

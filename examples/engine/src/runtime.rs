@@ -2,70 +2,24 @@
 //!
 //! Used by the command line, the demo and the tests, so that all of them run the same engine.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::time::Duration;
 
 use kvpush::{
     Auth, Endpoint,
     endpoint::{DrainReport, EndpointError},
-    fabric::FabricKind,
+    fabric::{FabricKind, verbs::VerbsConfig},
 };
 
 use crate::{
     engine::{Config, Engine, Handle},
     model::Model,
-    request::Leg,
     transfer::{KvPush, SetupError, Transfers},
 };
 
+pub use crate::request::Role;
+
 /// Room for what a prefill engine says with the pages: first tokens with their log probabilities.
 const TAIL_CAPACITY: u32 = 16 << 10;
-
-/// Which part of the work an engine takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Whole requests, and either leg if it has peers.
-    #[default]
-    Both,
-    /// Prefill legs.
-    Prefill,
-    /// Decode legs.
-    Decode,
-}
-
-impl Role {
-    /// Whether it takes requests of this kind.
-    pub fn takes(self, leg: &Leg) -> bool {
-        match (self, leg) {
-            (Self::Both, _) => true,
-            (Self::Prefill, Leg::Prefill { .. } | Leg::PrefillHeld) => true,
-            (Self::Decode, Leg::Decode { .. }) => true,
-            (Self::Prefill | Self::Decode, _) => false,
-        }
-    }
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Both => "both",
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        })
-    }
-}
-
-impl FromStr for Role {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "both" => Ok(Self::Both),
-            "prefill" => Ok(Self::Prefill),
-            "decode" => Ok(Self::Decode),
-            _ => Err(format!("{text:?} is no role: both, prefill, decode")),
-        }
-    }
-}
 
 /// How an engine reaches its peers.
 #[derive(Clone, Debug)]
@@ -83,6 +37,9 @@ pub struct Link {
     /// How long a peer may be silent before it is given up, and half of the time after which it is asked. `None` is
     /// kvpush's default.
     pub silence: Option<Duration>,
+    /// How long an RDMA device waits for an acknowledgement, as verbs number it (4.096 µs times two to this power).
+    /// `None` is kvpush's default, which is too short for emulated devices.
+    pub ack_timeout: Option<u8>,
 }
 
 impl Link {
@@ -95,6 +52,7 @@ impl Link {
             key,
             fabrics: Vec::new(),
             silence: None,
+            ack_timeout: None,
         }
     }
 
@@ -127,6 +85,12 @@ impl Link {
         }
         if let Some(silence) = self.silence {
             builder = builder.keepalive(silence / 2, silence);
+        }
+        if let Some(timeout) = self.ack_timeout {
+            builder = builder.verbs(VerbsConfig {
+                timeout,
+                ..VerbsConfig::default()
+            });
         }
         builder.bind(self.bind.as_str())
     }

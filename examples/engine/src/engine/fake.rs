@@ -1,7 +1,7 @@
 //! A model without weights, for tests: its keys and values are a chained hash of the tokens, its logits a hash of every
 //! byte of keys and values that attention would read.
 //!
-//! Invariant: the logits are [`reference`]'s only if every byte of every block before the token is what it should be: a
+//! Invariant: the logits are [`reference()`]'s only if every byte of every block before the token is what it should be: a
 //! block that is stale, partial, of another sequence or of another prefix changes them.
 
 use std::{sync::Arc, time::Duration};

@@ -133,8 +133,9 @@ impl Handle {
         result
     }
 
-    /// The decode engine that has issued this is told that nothing will come.
-    fn reject(&self, ticket: Vec<u8>) {
+    /// The decode engine that has issued this is told that nothing will come: for a request that is refused before it
+    /// is submitted. [`Handle::submit`] does it itself.
+    pub fn reject(&self, ticket: Vec<u8>) {
         let mut inbox = self.0.inbox.lock();
         if inbox.check_alive().is_ok() {
             self.0.send(&mut inbox, Command::Reject { ticket });

@@ -69,7 +69,7 @@ pub(super) fn load_from(
         threads => threads,
     };
     let mut ranks = Vec::new();
-    for rank in 0..tp {
+    for (rank, head) in head_shards.iter().enumerate() {
         shape.heads = heads(config.kv_heads as u32, options.tp, rank as u32)
             .map_err(|error| ModelError::Options(error.to_string()))?;
         let layers = (0..config.layers)
@@ -91,7 +91,7 @@ pub(super) fn load_from(
             embedding: Arc::clone(&embedding),
             layers,
             norm: norm.clone(),
-            head: Arc::clone(&head_shards[rank]),
+            head: Arc::clone(head),
             rotary: Arc::clone(&rotary),
             cache: Cache::new(shape, rank)?,
             exchange: Arc::clone(&exchange),

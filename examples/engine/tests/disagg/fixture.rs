@@ -53,7 +53,7 @@ pub(crate) fn fake_model(tp: u32, layer_time: Duration) -> fake::FakeModel {
 }
 
 /// A token, and the log probabilities of the others as bits.
-type Chosen = (TokenId, Vec<(TokenId, u32)>);
+pub(crate) type Chosen = (TokenId, Vec<(TokenId, u32)>);
 
 /// What a request brought.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -133,9 +133,16 @@ pub(crate) fn config(chunk: usize) -> Config {
     }
 }
 
+/// Emulated devices acknowledge late: 1.07 s.
+pub(crate) fn ack_timeout(fabric: FabricKind) -> Option<u8> {
+    (fabric == FabricKind::Verbs).then_some(18)
+}
+
 pub(crate) fn endpoint(name: &str, fabric: FabricKind) -> Endpoint {
     let link = Link::new(name, "127.0.0.1:0", Some("tests".to_owned()));
-    link.fabrics([fabric]).start().unwrap()
+    let mut link = link.fabrics([fabric]);
+    link.ack_timeout = ack_timeout(fabric);
+    link.start().unwrap()
 }
 
 impl Node {

@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn blocks_are_the_row() {
         for (kind, is_q4, bound) in [
-            (Kind::Q8_0, false, 0.0f32),
+            (Kind::Q8_0, false, 0.0_f32),
             (Kind::Q4_0, true, 0.0),
             (Kind::Q4_1, true, 1e-6),
             (Kind::Q4_0, false, 0.002),

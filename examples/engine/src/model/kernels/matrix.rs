@@ -74,7 +74,9 @@ impl Matrix {
         columns: std::ops::Range<usize>,
     ) -> Result<Self, ModelError> {
         let inner = columns.len();
-        if format != Format::F32 && (inner % BLOCK != 0 || columns.start % BLOCK != 0) {
+        if format != Format::F32
+            && !(inner.is_multiple_of(BLOCK) && columns.start.is_multiple_of(BLOCK))
+        {
             return Err(ModelError::Unsupported(format!(
                 "{}: columns {columns:?} of a quantised matrix do not begin and end with blocks of {BLOCK}; use f32 \
                  weights or fewer ranks",
