@@ -159,6 +159,8 @@ pub struct State {
     pub bytes_arrived: u64,
     /// When each layer of the last prefill ended, and the bytes posted by then.
     pub layers: Vec<LayerEnd>,
+    /// Rails that have carried bytes away.
+    pub used: Vec<String>,
     /// Grants and pushes of the endpoint that have not ended.
     pub transfers: u64,
 }

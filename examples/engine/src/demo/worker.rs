@@ -17,13 +17,16 @@ use super::{
 };
 use crate::{
     engine::{Config, fake},
-    model::Model,
+    model::{LoadOptions, Memory, Model, ModelError, Source, load},
     request::{self, Event, OnFailure, Request, SamplingParams},
     runtime::{Link, Role, Runtime},
 };
 
 /// The key that the engines of one demo share. From the environment, so that it is not in the list of processes.
 pub const KEY_VARIABLE: &str = "KVPUSH_KEY";
+
+/// The model that computes hashes, not text: [`fake::FakeModel`].
+pub const FAKE: &str = "fake";
 
 /// What an engine is started with.
 #[derive(Clone, Debug)]
@@ -32,7 +35,7 @@ pub struct Options {
     pub role: Role,
     /// Its ranks.
     pub tp: u32,
-    /// The model: `fake`, or what the command line takes.
+    /// The model: [`FAKE`], or as [`Source::of`] takes it.
     pub model: String,
     /// Fabrics; all if empty.
     pub fabrics: Vec<FabricKind>,
@@ -53,7 +56,7 @@ impl Default for Options {
         Self {
             role: Role::Both,
             tp: 1,
-            model: "fake".to_owned(),
+            model: FAKE.to_owned(),
             fabrics: Vec::new(),
             blocks: 256,
             chunk: 512,
@@ -120,21 +123,25 @@ impl Options {
         Ok(options)
     }
 
-    fn load(&self) -> Result<Box<dyn Model>, String> {
-        let shape = fake::Shape {
-            blocks: self.blocks,
-            layers: self.layers,
-            tp: self.tp as usize,
-            context: 1 << 16,
-            layer_time: self.layer_time,
-            kv_heads: 12,
-            ..fake::Shape::default()
-        };
-        let model = match self.model.as_str() {
-            "fake" => fake::FakeModel::new(shape),
-            other => return Err(format!("there is no model {other:?}")),
-        };
-        Ok(Box::new(model.map_err(|error| error.to_string())?))
+    fn load(&self) -> Result<Box<dyn Model>, ModelError> {
+        if self.model == FAKE {
+            let shape = fake::Shape {
+                blocks: self.blocks,
+                layers: self.layers,
+                tp: self.tp as usize,
+                context: 1 << 16,
+                layer_time: self.layer_time,
+                kv_heads: 12,
+                ..fake::Shape::default()
+            };
+            return Ok(Box::new(fake::FakeModel::new(shape)?));
+        }
+        load(&LoadOptions {
+            source: Source::of(&self.model),
+            tp: self.tp,
+            memory: Memory::Blocks(self.blocks),
+            ..LoadOptions::default()
+        })
     }
 }
 
@@ -163,7 +170,7 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let endpoint = link.start().map_err(|error| text(&error))?;
     let notes = Notes::default();
-    let model = options.load()?;
+    let model = options.load().map_err(|error| text(&error))?;
     let ready = Ready {
         model: model.config().name.clone(),
         tp: model.shards().len(),
@@ -299,7 +306,23 @@ fn state(runtime: &Runtime, notes: &Notes) -> State {
         recomputed_tokens: stats.recomputed_tokens,
         bytes_pushed: stats.bytes_pushed,
         bytes_arrived: stats.bytes_arrived,
+        used: runtime.endpoint().map(used).unwrap_or_default(),
         layers: std::mem::take(&mut *notes.lock()),
         transfers: levels.map_or(0, |levels| levels.pushes + levels.arrivals),
     }
+}
+
+/// Rails that have carried bytes away, each with its fabric.
+fn used(endpoint: &kvpush::Endpoint) -> Vec<String> {
+    let peers = endpoint.stats().peers;
+    // The statistics list rails in the endpoint's order.
+    let rails = endpoint.rails().enumerate().filter(|(index, _)| {
+        let carried = |peer: &kvpush::endpoint::PeerStats| {
+            peer.rails.get(*index).is_some_and(|rail| rail.bytes > 0)
+        };
+        peers.iter().any(carried)
+    });
+    rails
+        .map(|(_, rail)| format!("{} ({})", rail.kind, rail.name))
+        .collect()
 }
