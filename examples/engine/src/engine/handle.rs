@@ -9,7 +9,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::broadcast;
 
-use super::{Config, KvEvent, Replay, Stats, core::News, kv_events::KvEvents};
+use super::{Config, KvEvent, Replay, Snapshot, Stats, core::News, kv_events::KvEvents};
 use crate::{
     model::{Model, ModelConfig},
     request::{Leg, Request, RequestError},
@@ -251,6 +251,11 @@ impl Handle {
     /// Changes of the prefix cache from this sequence number on. To miss none, subscribe first.
     pub fn replay_kv_events(&self, from: u64) -> Replay {
         self.0.events.lock().replay(from)
+    }
+
+    /// Everything that can be found in the prefix cache, for who has missed events that are not kept any more.
+    pub fn kv_snapshot(&self) -> Snapshot {
+        self.0.events.lock().snapshot()
     }
 
     /// Takes no more requests; those under way go on.

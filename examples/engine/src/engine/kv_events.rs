@@ -2,7 +2,10 @@
 //!
 //! Invariant: who applies all events in order has the set of hashes that the pool finds.
 
-use std::{collections::VecDeque, fmt};
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+};
 
 use tokio::sync::broadcast;
 
@@ -61,9 +64,28 @@ pub enum KvChange {
 pub struct Replay {
     /// The events from the sequence number asked for on, as far as they are kept.
     pub events: Vec<KvEvent>,
-    /// Whether none in between are missing. If some are, start again from an empty set; the hashes that are not told
-    /// again are only missed hits.
+    /// Whether none in between are missing. If some are, start again from a [`Snapshot`].
     pub is_complete: bool,
+}
+
+/// What can be found, and since when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The last event that is part of it.
+    pub sequence: u64,
+    /// The blocks, in no order.
+    pub blocks: Vec<StoredBlock>,
+}
+
+/// A block that can be found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredBlock {
+    /// Its name.
+    pub hash: BlockHash,
+    /// What comes before it; nothing at the beginning.
+    pub parent: Option<BlockHash>,
+    /// Its tokens.
+    pub tokens: Vec<TokenId>,
 }
 
 /// The history, and those who listen.
@@ -71,6 +93,8 @@ pub(super) struct KvEvents {
     history: VecDeque<KvEvent>,
     limit: usize,
     last: u64,
+    /// What the events so far say.
+    present: HashMap<BlockHash, StoredBlock>,
     listeners: broadcast::Sender<KvEvent>,
 }
 
@@ -80,6 +104,7 @@ impl KvEvents {
             history: VecDeque::new(),
             limit,
             last: 0,
+            present: HashMap::new(),
             listeners: broadcast::Sender::new(limit.clamp(1, 1 << 16)),
         }
     }
@@ -88,6 +113,7 @@ impl KvEvents {
     pub(super) fn publish(&mut self, changes: impl IntoIterator<Item = KvChange>) {
         for change in changes {
             self.last += 1;
+            self.apply(&change);
             let event = KvEvent {
                 sequence: self.last,
                 change,
@@ -100,6 +126,42 @@ impl KvEvents {
             }
             // An error only says that nobody listens.
             let _ = self.listeners.send(event);
+        }
+    }
+
+    fn apply(&mut self, change: &KvChange) {
+        match change {
+            KvChange::Stored {
+                hashes,
+                parent,
+                tokens,
+                block_size,
+            } => {
+                let mut parent = *parent;
+                for (&hash, tokens) in hashes.iter().zip(tokens.chunks((*block_size).max(1))) {
+                    let tokens = tokens.to_vec();
+                    let block = StoredBlock {
+                        hash,
+                        parent,
+                        tokens,
+                    };
+                    self.present.insert(hash, block);
+                    parent = Some(hash);
+                }
+            }
+            KvChange::Removed { hashes } => {
+                hashes
+                    .iter()
+                    .for_each(|hash| drop(self.present.remove(hash)));
+            }
+            KvChange::Cleared => self.present.clear(),
+        }
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            sequence: self.last,
+            blocks: self.present.values().cloned().collect(),
         }
     }
 
@@ -144,5 +206,36 @@ mod tests {
             Err(broadcast::error::TryRecvError::Lagged(_))
         ));
         assert_eq!(listener.try_recv().map(|event| event.sequence), Ok(2));
+    }
+
+    #[test]
+    fn a_snapshot_is_what_the_events_say() {
+        let hash = |n| BlockHash([n; 32]);
+        let mut events = KvEvents::new(1);
+        let stored = KvChange::Stored {
+            hashes: vec![hash(1), hash(2)],
+            parent: None,
+            tokens: vec![5, 6, 7, 8],
+            block_size: 2,
+        };
+        events.publish([
+            stored.clone(),
+            KvChange::Removed {
+                hashes: vec![hash(1)],
+            },
+        ]);
+        assert_eq!(
+            events.snapshot(),
+            Snapshot {
+                sequence: 2,
+                blocks: vec![StoredBlock {
+                    hash: hash(2),
+                    parent: Some(hash(1)),
+                    tokens: vec![7, 8],
+                }],
+            }
+        );
+        events.publish([KvChange::Cleared]);
+        assert!(events.snapshot().blocks.is_empty());
     }
 }

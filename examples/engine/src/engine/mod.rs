@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 
 pub use config::Config;
 pub use handle::Handle;
-pub use kv_events::{BlockHash, KvChange, KvEvent, Replay};
+pub use kv_events::{BlockHash, KvChange, KvEvent, Replay, Snapshot, StoredBlock};
 pub use stats::{BlockStats, Stats};
 
 use crate::{model::Model, transfer::Transfers};

@@ -102,7 +102,7 @@ pub trait Transfers: Send {
     fn reserve(&mut self, what: &Reserve<'_>) -> Result<Ticket, TransferError>;
     /// Opens a push to where `ticket` says. `tokens` and `digest` are this side's, and must be the ticket's.
     /// Returns how many blocks the other side holds already, which are not pushed. The push ends by an [`Outcome`]; after
-    /// an error there is none.
+    /// an error there is none, and the ticket is rejected.
     fn open(
         &mut self,
         request: RequestNumber,
@@ -125,8 +125,8 @@ pub trait Transfers: Send {
     /// Everything has been handed over: sends the tail and ends the push. After an error the push is cancelled by the
     /// caller, and its outcome still comes.
     fn finish(&mut self, request: RequestNumber, tail: &[u8]) -> Result<(), TransferError>;
-    /// Tells who has issued `ticket` that nothing will come, for a request that is refused here before [`Transfers::open`]
-    /// or by it. Has no outcome; a ticket that makes no sense is left alone, and its issuer's deadline ends it.
+    /// Tells who has issued `ticket` that nothing will come, for a request that is refused here before
+    /// [`Transfers::open`]. Has no outcome; a ticket that makes no sense is left alone, and its issuer's deadline ends it.
     fn reject(&mut self, ticket: &Ticket);
     /// Gives up a reservation (revoke) or a push (cancel). Its outcome still comes, and only then the blocks are free.
     fn cancel(&mut self, request: RequestNumber);

@@ -49,7 +49,6 @@ impl Core {
                 true
             }
             Err(error) => {
-                transfers.reject(&ticket);
                 self.stats.pushes_failed += 1;
                 self.fail(number, error.into());
                 false

@@ -60,7 +60,6 @@ pub(super) struct Network {
     lost: Vec<(usize, BlockId)>,
     /// The next call of this name fails.
     pub(super) refuse: Option<&'static str>,
-    pub(super) rejected: usize,
     /// Positions that were handed over, in order.
     pub(super) log: Vec<(usize, Range<usize>)>,
     pub(super) tails: Vec<Vec<u8>>,
@@ -78,7 +77,6 @@ impl Network {
             next: 1,
             lost: Vec::new(),
             refuse: None,
-            rejected: 0,
             log: Vec::new(),
             tails: Vec::new(),
             copied: 0,
@@ -264,25 +262,12 @@ impl Transfers for End {
         _deadline: Duration,
     ) -> Result<usize, TransferError> {
         let mut network = self.network.lock();
-        network.refuses("open")?;
-        let grant = name(ticket).and_then(|name| network.grants.get_mut(&name));
-        let grant = grant.ok_or_else(|| error("no such grant"))?;
-        if grant.is_over || grant.push.is_some() {
-            return Err(error("used"));
+        let result = network.open(self.side, request, ticket, tokens, digest);
+        if result.is_err() {
+            network.reject(ticket);
         }
-        if grant.tokens != tokens || grant.digest != digest {
-            return Err(error("another prompt"));
-        }
-        grant.push = Some(Push {
-            side: self.side,
-            request,
-            copies: Vec::new(),
-            done: 0,
-            tail: None,
-        });
-        Ok(grant.held)
+        result
     }
-
     fn layer(
         &mut self,
         request: RequestNumber,
@@ -323,13 +308,7 @@ impl Transfers for End {
     }
 
     fn reject(&mut self, ticket: &Ticket) {
-        let mut network = self.network.lock();
-        network.rejected += 1;
-        if let Some(grant) = name(ticket).and_then(|name| network.grants.get_mut(&name))
-            && grant.push.is_none()
-        {
-            grant.is_over = true;
-        }
+        self.network.lock().reject(ticket);
     }
 
     fn cancel(&mut self, request: RequestNumber) {
@@ -353,6 +332,41 @@ impl Transfers for End {
 }
 
 impl Network {
+    fn open(
+        &mut self,
+        side: usize,
+        request: RequestNumber,
+        ticket: &Ticket,
+        tokens: usize,
+        digest: [u8; 32],
+    ) -> Result<usize, TransferError> {
+        self.refuses("open")?;
+        let grant = name(ticket).and_then(|name| self.grants.get_mut(&name));
+        let grant = grant.ok_or_else(|| error("no such grant"))?;
+        if grant.is_over || grant.push.is_some() {
+            return Err(error("used"));
+        }
+        if grant.tokens != tokens || grant.digest != digest {
+            return Err(error("another prompt"));
+        }
+        grant.push = Some(Push {
+            side,
+            request,
+            copies: Vec::new(),
+            done: 0,
+            tail: None,
+        });
+        Ok(grant.held)
+    }
+
+    fn reject(&mut self, ticket: &Ticket) {
+        if let Some(grant) = name(ticket).and_then(|name| self.grants.get_mut(&name))
+            && grant.push.is_none()
+        {
+            grant.is_over = true;
+        }
+    }
+
     fn of_push(&mut self, side: usize, request: RequestNumber) -> Option<&mut Grant> {
         self.grants.values_mut().find(|grant| {
             let push = grant.push.as_ref();
