@@ -7,7 +7,7 @@ use std::{fmt, str::FromStr, time::Duration};
 use kvpush::{
     Auth, Endpoint,
     endpoint::{DrainReport, EndpointError},
-    fabric::FabricKind,
+    fabric::{FabricKind, verbs::VerbsConfig},
 };
 
 use crate::{
@@ -83,6 +83,9 @@ pub struct Link {
     /// How long a peer may be silent before it is given up, and half of the time after which it is asked. `None` is
     /// kvpush's default.
     pub silence: Option<Duration>,
+    /// How long an RDMA device waits for an acknowledgement, as verbs number it (4.096 µs times two to this power).
+    /// `None` is kvpush's default, which is too short for emulated devices.
+    pub ack_timeout: Option<u8>,
 }
 
 impl Link {
@@ -95,6 +98,7 @@ impl Link {
             key,
             fabrics: Vec::new(),
             silence: None,
+            ack_timeout: None,
         }
     }
 
@@ -127,6 +131,12 @@ impl Link {
         }
         if let Some(silence) = self.silence {
             builder = builder.keepalive(silence / 2, silence);
+        }
+        if let Some(timeout) = self.ack_timeout {
+            builder = builder.verbs(VerbsConfig {
+                timeout,
+                ..VerbsConfig::default()
+            });
         }
         builder.bind(self.bind.as_str())
     }

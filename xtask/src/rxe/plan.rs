@@ -9,7 +9,7 @@ use crate::guest::{self, Guest, Machine, Outcome, quote};
 
 /// Test targets which must run in a guest. One of these that does not exist is an error, so that a renamed suite
 /// cannot drop out of the RDMA tests without notice.
-const GUEST_TESTS: &[&str] = &["fabric_suite", "endpoint_suite", "two_process"];
+const GUEST_TESTS: &[&str] = &["fabric_suite", "endpoint_suite", "two_process", "disagg"];
 
 /// Test targets whose names start so run in a guest, too.
 const GUEST_TEST_PREFIX: &str = "rxe_";

@@ -248,13 +248,16 @@ impl Chat {
             .map_err(peer(Role::Prefill))?;
 
         let mut detokenizer = tokenizer.detokenizer(true);
-        let (mut tokens, mut first, mut last) = (0, begun, begun);
+        let (mut tokens, mut first) = (0, begun);
+        // The engine's own times: this process may be late.
+        let (mut first_at, mut last_at) = (0, 0);
         let (pushed_tokens, recomputed_tokens) = loop {
-            match event(&mut decode, Role::Decode)? {
+            let (at, what) = timed_event(&mut decode, Role::Decode)?;
+            match what {
                 What::Token { id, .. } => {
-                    last = Instant::now();
+                    last_at = at;
                     if tokens == 0 {
-                        first = last;
+                        (first, first_at) = (Instant::now(), at);
                     }
                     tokens += 1;
                     write!(out, "{}", detokenizer.push(id))?;
@@ -290,7 +293,7 @@ impl Chat {
                 .count(),
             layers: ends.len(),
             first_token: first - begun,
-            others: last - first,
+            others: Duration::from_micros(last_at.saturating_sub(first_at)),
             tp: [prefill.ready.tp, decode.ready.tp],
             fabric: sent.used.join(", "),
         };
@@ -302,9 +305,14 @@ impl Chat {
 
 /// The next event of an engine's only request. A failure is an error.
 fn event(engine: &mut Peer, role: Role) -> Result<What, DemoError> {
-    match engine.event(PATIENCE).map_err(peer(role))?.2 {
-        What::Failed { message, .. } => Err(DemoError::Failed { role, message }),
-        what => Ok(what),
+    timed_event(engine, role).map(|(_, what)| what)
+}
+
+/// The same, and when it was.
+fn timed_event(engine: &mut Peer, role: Role) -> Result<(u64, What), DemoError> {
+    match engine.event(PATIENCE).map_err(peer(role))? {
+        (_, _, What::Failed { message, .. }) => Err(DemoError::Failed { role, message }),
+        (_, at, what) => Ok((at, what)),
     }
 }
 

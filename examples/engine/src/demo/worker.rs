@@ -49,6 +49,8 @@ pub struct Options {
     pub layers: usize,
     /// How long a peer may be silent.
     pub silence: Option<Duration>,
+    /// As [`Link::ack_timeout`].
+    pub ack_timeout: Option<u8>,
 }
 
 impl Default for Options {
@@ -63,6 +65,7 @@ impl Default for Options {
             layer_time: Duration::ZERO,
             layers: 4,
             silence: None,
+            ack_timeout: None,
         }
     }
 }
@@ -87,6 +90,9 @@ impl Options {
         add("layers", self.layers.to_string());
         if let Some(silence) = self.silence {
             add("silence-ms", silence.as_millis().to_string());
+        }
+        if let Some(timeout) = self.ack_timeout {
+            add("ack-timeout", timeout.to_string());
         }
         arguments
     }
@@ -117,6 +123,7 @@ impl Options {
                 "--layer-us" => options.layer_time = Duration::from_micros(number()?),
                 "--layers" => options.layers = number()? as usize,
                 "--silence-ms" => options.silence = Some(Duration::from_millis(number()?)),
+                "--ack-timeout" => options.ack_timeout = Some(number()? as u8),
                 _ => return Err(format!("{name} is no option of a worker")),
             }
         }
@@ -167,6 +174,7 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
     let mut link = Link::new(options.role.to_string(), "127.0.0.1:0", key);
     link.fabrics.clone_from(&options.fabrics);
     link.silence = options.silence;
+    link.ack_timeout = options.ack_timeout;
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let endpoint = link.start().map_err(|error| text(&error))?;
     let notes = Notes::default();

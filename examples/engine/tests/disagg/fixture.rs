@@ -9,7 +9,7 @@ use std::{
 use kvpush::{Endpoint, fabric::FabricKind};
 use kvpush_engine::{
     engine::{Config, Engine, Handle, Stats, fake},
-    model::{KvShard, Model},
+    model::{BuiltIn, KvShard, LoadOptions, Memory, Model, Source, WeightMode, load},
     request::{
         BlockId, Event, FinishReason, Leg, OnFailure, Request, RequestError, SamplingParams,
         TokenId, Usage,
@@ -31,14 +31,32 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) enum Weights {
     /// No arithmetic: logits are a hash of every byte of keys and values.
     Fake,
+    /// The built-in model.
+    Tiny(WeightMode),
+    /// The built-in model for one and three ranks.
+    TinyThree(WeightMode),
 }
 
 impl Weights {
     pub(crate) fn load(self, tp: u32) -> Box<dyn Model> {
         match self {
             Self::Fake => Box::new(fake_model(tp, Duration::ZERO)),
+            Self::Tiny(weights) => tiny(BuiltIn::Tiny, weights, tp),
+            Self::TinyThree(weights) => tiny(BuiltIn::TinyThree, weights, tp),
         }
     }
+}
+
+fn tiny(which: BuiltIn, weights: WeightMode, tp: u32) -> Box<dyn Model> {
+    let options = LoadOptions {
+        source: Source::BuiltIn(which),
+        tp,
+        memory: Memory::Blocks(64),
+        weights,
+        threads: 1,
+        ..LoadOptions::default()
+    };
+    load(&options).unwrap()
 }
 
 pub(crate) fn fake_model(tp: u32, layer_time: Duration) -> fake::FakeModel {
@@ -53,7 +71,7 @@ pub(crate) fn fake_model(tp: u32, layer_time: Duration) -> fake::FakeModel {
 }
 
 /// A token, and the log probabilities of the others as bits.
-type Chosen = (TokenId, Vec<(TokenId, u32)>);
+pub(crate) type Chosen = (TokenId, Vec<(TokenId, u32)>);
 
 /// What a request brought.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -133,9 +151,16 @@ pub(crate) fn config(chunk: usize) -> Config {
     }
 }
 
+/// Emulated devices acknowledge late: 1.07 s.
+pub(crate) fn ack_timeout(fabric: FabricKind) -> Option<u8> {
+    (fabric == FabricKind::Verbs).then_some(18)
+}
+
 pub(crate) fn endpoint(name: &str, fabric: FabricKind) -> Endpoint {
     let link = Link::new(name, "127.0.0.1:0", Some("tests".to_owned()));
-    link.fabrics([fabric]).start().unwrap()
+    let mut link = link.fabrics([fabric]);
+    link.ack_timeout = ack_timeout(fabric);
+    link.start().unwrap()
 }
 
 impl Node {

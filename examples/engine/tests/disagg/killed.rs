@@ -16,7 +16,7 @@ use kvpush_engine::{
     runtime::Role,
 };
 
-use super::fixture::PATIENCE;
+use super::fixture::{PATIENCE, ack_timeout};
 
 const PROMPT: usize = 200;
 
@@ -29,6 +29,7 @@ fn start(role: Role, fabric: FabricKind, tp: u32, layer_time: Duration) -> Peer 
         layers: 6,
         blocks: 64,
         silence: Some(Duration::from_secs(2)),
+        ack_timeout: ack_timeout(fabric),
         ..Options::default()
     };
     let program = Path::new(env!("CARGO_BIN_EXE_kvpush-engine"));
@@ -200,4 +201,21 @@ fn decode_over_tcp() {
 #[test]
 fn decode_over_shared_memory() {
     decode_dies(FabricKind::Shm);
+}
+
+/// In a guest: `cargo xtask rxe`.
+mod verbs {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn prefill() {
+        prefill_dies(FabricKind::Verbs, false);
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn decode() {
+        decode_dies(FabricKind::Verbs);
+    }
 }

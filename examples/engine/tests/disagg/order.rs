@@ -126,3 +126,14 @@ fn over_tcp() {
 fn over_shared_memory() {
     overlapped(FabricKind::Shm);
 }
+
+/// In a guest: `cargo xtask rxe`.
+mod verbs {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn over_rxe() {
+        overlapped(FabricKind::Verbs);
+    }
+}
