@@ -1,5 +1,5 @@
 //! The hot path does not allocate for each page. Alone in its process, because it counts the allocations of all threads:
-//! the caller's, both drivers' and both control threads'.
+//! the caller's, both drivers' and both control threads'. Over TCP, and over verbs by the double of libibverbs.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -16,6 +16,9 @@ use kvpush::{
     kv::{Dtype, HeadRange, presets::KvShape, region_lengths},
     memory::{HostMemory, Memory},
 };
+
+#[path = "verbs_double/loader.rs"]
+mod loader;
 
 const LONG: Duration = Duration::from_secs(60);
 const LAYERS: usize = 4;
@@ -88,12 +91,15 @@ fn allocations(prefill: &Endpoint, source: &Pool, destination: &Pool, count: u32
 
 #[test]
 fn allocations_do_not_grow_with_pages() {
+    do_not_grow(FabricKind::Tcp);
+    loader::load();
+    do_not_grow(FabricKind::Verbs);
+}
+
+fn do_not_grow(fabric: FabricKind) {
     let endpoint = |name| {
         let builder = Endpoint::builder().name(name).auth(Auth::psk([1; 32]));
-        builder
-            .fabrics([FabricKind::Tcp])
-            .bind("127.0.0.1:0")
-            .unwrap()
+        builder.fabrics([fabric]).bind("127.0.0.1:0").unwrap()
     };
     let (prefill, decode) = (endpoint("prefill"), endpoint("decode"));
     let (source, destination) = (pool(&prefill), pool(&decode));
@@ -104,12 +110,12 @@ fn allocations_do_not_grow_with_pages() {
     let few = allocations(&prefill, &source, &destination, 64);
     let many = allocations(&prefill, &source, &destination, PAGES / 2);
     println!(
-        "{few} allocations for 64 pages of {LAYERS} layers, {many} for {}",
+        "{fabric}: {few} allocations for 64 pages of {LAYERS} layers, {many} for {}",
         PAGES / 2
     );
     assert!(
         many < few + 200,
-        "{few} allocations for 64 pages, {many} for {}: that grows with pages",
+        "{fabric}: {few} allocations for 64 pages, {many} for {}: that grows with pages",
         PAGES / 2
     );
     // The counter counts.

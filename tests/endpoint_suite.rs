@@ -19,6 +19,8 @@ mod lanes;
 mod lifecycle;
 #[path = "endpoint_suite/mover.rs"]
 mod mover;
+#[path = "endpoint_suite/prepared.rs"]
+mod prepared;
 #[path = "endpoint_suite/regions.rs"]
 mod regions;
 #[path = "endpoint_suite/staging.rs"]
@@ -66,6 +68,10 @@ macro_rules! all_cases {
             transfers::futures_of_any_runtime,
             transfers::a_session_made_ahead_is_used,
             transfers::memory_files_are_pushed,
+            prepared::prepared_pages_arrive_as_others,
+            prepared::layers_of_several_geometries,
+            prepared::prepared_pages_of_a_shard,
+            prepared::prepared_pages_are_of_one_push,
             inputs::wrong_grants_are_not_issued,
             inputs::wrong_pages_are_not_pushed,
             inputs::pools_that_do_not_match,
@@ -124,6 +130,8 @@ macro_rules! window_cases {
             transfers::more_parts_than_receives,
             transfers::many_pushes_at_once,
             transfers::both_ways_at_once,
+            prepared::prepared_pages_arrive_as_others,
+            prepared::layers_of_several_geometries,
             inputs::damaged_and_foreign_grants,
             inputs::a_grant_is_used_once,
             lifecycle::revoked_before_it_is_opened,

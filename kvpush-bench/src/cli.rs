@@ -17,9 +17,36 @@ Examples:
   kvpush-bench --sweep 4k..1m --plot sweep.svg   raw page sizes
   kvpush-bench serve --key \"$SECRET\"             on the decode host ...
   kvpush-bench push decode-host --key \"$SECRET\"  ... and on the prefill host
+  kvpush-bench compare                           beside iperf3, perftest and memcpy, with ratios
   kvpush-bench doctor                            what is wrong with this host
 
 Exit codes: 0 every byte verified, 1 something failed, 2 wrong command line.";
+
+const COMPARISON: &str = "\
+What is compared:
+  tcp     iperf3 over 127.0.0.1, as many streams as lanes, calls of one page each
+  verbs   ib_write_bw with as many queue pairs as lanes and messages of one page; ib_write_lat
+          (half of a round trip, both sides spinning) with 64 bytes, beside one-sided writes of
+          64 bytes from the call until the caller knows that it is acknowledged, polling
+  shm     one thread that copies the same pages by memcpy
+  Pages that lie apart cannot be merged: one page is one write. Runs of 16 can.
+
+How it measures:
+  Each repetition runs the other program and then kvpush, for each size, one after the other.
+  The ratio of a repetition is of these two neighbours, so a machine that is slow for a while is
+  slow for both; its median and spread are printed. kvpush verifies every byte, outside of the
+  measured time; the other programs do not verify any.
+
+  The tools measure between two processes on this machine. Between hosts, run them by hand beside
+  `kvpush-bench push`.
+
+Examples:
+  kvpush-bench compare
+  kvpush-bench compare --fabric verbs --devices mlx5_0 --peer-device mlx5_1 --lanes 2
+  kvpush-bench compare --fabric tcp --sizes 64k --moved 1g --repeat 9 --json tcp.json
+
+Exit codes: 0 every byte verified and every reference measured, 1 something failed, 2 wrong
+command line, 3 every byte verified but a program to compare with is not installed.";
 
 const METHOD: &str = "\
 How it measures:
@@ -56,6 +83,9 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Be the prefill side: push to a server and report
     Push(Box<PushArgs>),
+    /// Measure beside iperf3 (TCP), perftest (RDMA) and memcpy (shared memory) on this machine, and print ratios
+    #[command(after_long_help = COMPARISON)]
+    Compare(CompareArgs),
     /// List the RDMA devices and GPUs of this host: ports, GIDs, MTU, limits, dmabufs, what is near to what
     Devices(DevicesArgs),
     /// Say what is wrong with this host for RDMA, and how to mend it
@@ -145,6 +175,43 @@ pub(crate) struct KeyArgs {
     pub(crate) insecure: bool,
 }
 
+/// Without --fabric, every fabric that this machine has is compared.
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    #[command(flatten)]
+    pub(crate) fabric: FabricArgs,
+    /// RDMA device of the decode side [default: the second active one; that of --devices, if given]
+    #[arg(long, value_name = "DEVICE[:PORT]")]
+    pub(crate) peer_device: Option<String>,
+    /// Page sizes, each of which is a message of the other program: 4k..1m (times 4 each), or separated by commas
+    #[arg(long, value_name = "SIZES", value_parser = sweep, default_value = "4k..1m")]
+    pub(crate) sizes: Sweep,
+    /// Lanes of kvpush, streams of iperf3, queue pairs of ib_write_bw
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) lanes: u16,
+    /// Bytes that each measurement moves
+    #[arg(long, value_name = "SIZE", default_value = "256m", value_parser = size)]
+    pub(crate) moved: u64,
+    /// How often everything is measured; medians are reported
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repeat: u32,
+    /// Write the lines to a file: a JSON array with one object per line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Seed of contents and page tables
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) seed: Option<u64>,
+}
+
+/// How the driver thread of a prefill endpoint waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PollingChoice {
+    /// Spins a little, then sleeps
+    Adaptive,
+    /// Spins always, and so does the thread that waits for one-sided access
+    Busy,
+}
+
 /// Which fabric carries the pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FabricChoice {
@@ -177,6 +244,9 @@ pub(crate) struct FabricArgs {
     /// hosts that may take longer to answer, such as emulated ones
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=31))]
     pub(crate) ack_timeout: Option<u8>,
+    /// How this side's threads wait for the device
+    #[arg(long, value_enum, default_value_t = PollingChoice::Adaptive)]
+    pub(crate) polling: PollingChoice,
 }
 
 /// Where the pools are.
@@ -210,11 +280,19 @@ pub(crate) enum MemoryKind {
 }
 
 impl MemoryChoice {
-    #[cfg(test)]
     pub(crate) const HOST: Self = Self {
         kind: MemoryKind::Host,
         device: 0,
     };
+
+    /// What suits a fabric: what a peer can map where it shares the host, else plain memory.
+    pub(crate) fn for_fabric(fabric: FabricChoice) -> Self {
+        let kind = match fabric {
+            FabricChoice::Shm => MemoryKind::Memfd,
+            _ => MemoryKind::Host,
+        };
+        Self { kind, ..Self::HOST }
+    }
 }
 
 impl std::fmt::Display for MemoryChoice {

@@ -9,6 +9,8 @@ pub(crate) enum Error {
     Usage(String),
     /// Anything else: exit code 1.
     Failed(String),
+    /// What was done is right, but not all could be: exit code 3.
+    Incomplete(String),
 }
 
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
@@ -26,7 +28,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Usage(text) | Self::Failed(text) => f.write_str(text),
+            Self::Usage(text) | Self::Failed(text) | Self::Incomplete(text) => f.write_str(text),
         }
     }
 }

@@ -4,11 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use kvpush::{
     Auth, Endpoint,
+    endpoint::Polling,
     fabric::{FabricKind, verbs::VerbsConfig},
 };
 
 use crate::{
-    cli::{FabricArgs, FabricChoice, KeyArgs},
+    cli::{FabricArgs, FabricChoice, KeyArgs, PollingChoice},
     error::{Context, Error, Result},
     out,
     wire::Rail,
@@ -72,6 +73,9 @@ impl FabricArgs {
             .max_transfers(transfers)
             .tail_capacity(64)
             .verbs(verbs);
+        if self.polling == PollingChoice::Busy {
+            builder = builder.polling(Polling::Busy);
+        }
         builder = match self.fabric {
             FabricChoice::Auto => builder,
             FabricChoice::Tcp => builder.fabrics([FabricKind::Tcp]),

@@ -11,7 +11,7 @@ use kvpush::Auth;
 
 use crate::{
     cases,
-    cli::{FabricArgs, FabricChoice, MemoryChoice, RunArgs},
+    cli::{FabricArgs, FabricChoice, MemoryChoice, PollingChoice, RunArgs},
     error::{Context, Error, Result},
     measure, out,
     push::Session,
@@ -48,13 +48,14 @@ pub(crate) fn random_bytes(bytes: &mut [u8]) -> Result<()> {
 }
 
 /// The child; it ends with this value.
-struct Decode {
+pub(crate) struct Decode {
     child: Child,
     address: String,
 }
 
 impl Decode {
-    fn start(fabric: &FabricArgs, memory: MemoryChoice, key: &str) -> Result<Self> {
+    /// Starts it.
+    pub(crate) fn start(fabric: &FabricArgs, memory: MemoryChoice, key: &str) -> Result<Self> {
         let program = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(program);
         // In the environment, where other users do not see it, unlike arguments.
@@ -80,8 +81,13 @@ impl Decode {
         }
     }
 
+    /// Where it listens.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Adds how the child has ended, if it has.
-    fn explain(&mut self, error: Error) -> Error {
+    pub(crate) fn explain(&mut self, error: Error) -> Error {
         // If it has just died, the news takes a moment.
         std::thread::sleep(Duration::from_millis(50));
         match (error, self.child.try_wait()) {
@@ -109,15 +115,23 @@ impl Drop for Decode {
     }
 }
 
-/// The child's command line.
-fn arguments(fabric: &FabricArgs) -> Vec<String> {
-    let choice = match fabric.fabric {
+/// As the command line has it.
+pub(crate) fn fabric_name(fabric: FabricChoice) -> &'static str {
+    match fabric {
         FabricChoice::Auto => "auto",
         FabricChoice::Tcp => "tcp",
         FabricChoice::Shm => "shm",
         FabricChoice::Verbs => "verbs",
-    };
+    }
+}
+
+/// The child's command line.
+fn arguments(fabric: &FabricArgs) -> Vec<String> {
+    let choice = fabric_name(fabric.fabric);
     let mut arguments = vec!["--fabric".to_owned(), choice.to_owned()];
+    if fabric.polling == PollingChoice::Busy {
+        arguments.extend(["--polling".to_owned(), "busy".to_owned()]);
+    }
     if !fabric.devices.is_empty() {
         arguments.extend(["--devices".to_owned(), fabric.devices.join(",")]);
     }

@@ -7,14 +7,17 @@
 //! | `content` | the byte formula, pools filled by it, and their verification |
 //! | `wire` | messages between pusher and server |
 //! | `push`, `serve`, `local` | the three ways to run: against a server, as one, and both here |
+//! | `compare` | iperf3, perftest and memcpy beside our own rows |
 //! | `report` | table, JSON rows, plot |
 //! | `out`, `signals`, `measure` | words for people; Ctrl-C; CPU time, memory |
 //! | `host` | what this host has: `devices`, `doctor`, and why the better fabric was not used |
 //!
-//! Exit codes: 0 everything verified, 1 something failed, 2 the command line makes no sense.
+//! Exit codes: 0 everything verified, 1 something failed, 2 the command line makes no sense, 3 (`compare`) everything
+//! verified but a program to compare with is not installed.
 
 mod cases;
 mod cli;
+mod compare;
 mod content;
 mod error;
 mod fabric;
@@ -50,7 +53,10 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             out::note(format_args!("kvpush-bench: {error}"));
-            ExitCode::FAILURE
+            match error {
+                Error::Incomplete(_) => ExitCode::from(3),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -61,6 +67,7 @@ fn run(cli: Cli) -> Result<()> {
         None => local::run(&cli.run),
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Push(args)) => push::run(&args),
+        Some(Command::Compare(args)) => compare::run(&args),
         Some(Command::Devices(args)) => host::devices(&args),
         Some(Command::Doctor(args)) => host::doctor(&args),
         Some(Command::Decode(args)) => serve::run_child(&args),

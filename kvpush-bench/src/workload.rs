@@ -25,6 +25,9 @@ use crate::{
 const MAX_RANKS: u32 = 64;
 const MAX_REQUESTS: u32 = 4096;
 
+/// Bytes of a push that is large enough for its beginning and its end not to matter.
+pub(crate) const LARGE_BATCH: u32 = 2 << 20;
+
 /// An element type by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

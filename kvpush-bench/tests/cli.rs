@@ -4,6 +4,8 @@
 
 #[path = "cli/arguments.rs"]
 mod arguments;
+#[path = "cli/compare.rs"]
+mod compare;
 #[path = "cli/faults.rs"]
 mod faults;
 #[path = "cli/host.rs"]

@@ -335,6 +335,7 @@ impl Builder {
             topology,
             tails,
             registry: Arc::new(Registry::default()),
+            plans: Arc::default(),
             staging: parking_lot::Mutex::default(),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),

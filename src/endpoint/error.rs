@@ -552,6 +552,9 @@ pub enum PushInputError {
     /// The pool belongs to another endpoint.
     #[error("the source pool is of another endpoint")]
     ForeignPool,
+    /// The pages were prepared for another push.
+    #[error("the pages were prepared for another push")]
+    ForeignPages,
     /// All transfer slots are in use.
     #[error("{limit} grants and pushes are live, which is the limit (Builder::max_transfers)")]
     TooMany {

@@ -19,6 +19,7 @@ mod driver;
 mod error;
 mod export;
 mod pool;
+mod prepared;
 mod push;
 mod rails;
 mod regions;
@@ -49,6 +50,7 @@ pub use self::{
     },
     export::{LocalRegion, RemoteRegion},
     pool::{GrantOptions, Pool, PoolInUse, PoolOptions},
+    prepared::Prepared,
     push::{Push, PushReport},
     regions::{Located, MemoryPath, PathRefusal, RailPath, RegionId, RegionPaths, StagingStats},
     telemetry::{Event, EventKind, FlightRecord, Levels, Outcomes, PeerStats, RailStats, Stats},

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use super::{
     Endpoint, PeerError, Pool, PushError, PushInputError,
     core::{Command, PushEntry},
+    prepared::{PageList, Prepared},
     shared::{EndpointShared, PushPhase, PushShared},
     signal::Signal,
     telemetry::Event,
@@ -52,6 +53,8 @@ pub struct Push {
 struct Input {
     layers: Vec<Pushed>,
     finished: bool,
+    /// What was handed over last: the next layer's pages are as a rule the same.
+    last: Option<Arc<PageList>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -144,6 +147,7 @@ impl EndpointShared {
         let input = Input {
             layers: vec![Pushed::default(); record.layout.layers.len()],
             finished: false,
+            last: None,
         };
         Ok(Push {
             id,
@@ -201,31 +205,124 @@ impl Push {
 
     /// Pushes some pages of a layer, as chunked prefill produces them: `pages[i]` goes to position `first + i`.
     ///
+    /// A list that is the same as in the call before, as the next layer's is as a rule, is neither checked nor (where
+    /// the layers have the same geometry) planned again.
+    ///
     /// # Errors
     ///
     /// As for [`Push::layer`].
     pub fn layer_from(&self, layer: usize, first: usize, pages: &[u32]) -> Result<(), PushError> {
-        match self.shared.signal.look(opened) {
-            None => return Err(PushInputError::NotOpen.into()),
-            Some(opened) => opened?,
-        }
+        self.check_open()?;
         // Held until the command is on its way, so that no other thread's `finish` overtakes it.
         let mut input = self.input.lock();
-        input.take(
-            layer,
-            first,
-            pages,
-            self.grant.pages().len(),
-            self.source_pages,
-        )?;
-        if pages.is_empty() {
+        let granted = self.grant.pages().len();
+        let last = input.last.as_ref().filter(|list| list.is(first, pages));
+        let list = match last.map(Arc::clone) {
+            Some(list) => {
+                input.take_checked(layer, first, pages.len(), granted)?;
+                list.repeat();
+                list
+            }
+            None => {
+                input.take(layer, first, pages, granted, self.source_pages)?;
+                let list = PageList::new(first, pages, Some(Arc::clone(&self.endpoint.plans)));
+                input.last = Some(Arc::clone(&list));
+                list
+            }
+        };
+        self.hand_over(layer, list)
+    }
+
+    /// Checks `pages` once, for any number of layers: `pages[i]` goes to position `first + i` of the grant. Each is then
+    /// pushed with [`Push::layer_prepared`], in any order.
+    ///
+    /// The pages are planned when the first of the layers is posted, and the plan is kept for all layers of the same
+    /// geometry: page size, strides, and how they are divided between the two sides. Other layers get a plan of their
+    /// own. That takes about 56 bytes for each write of a layer, until the last handle is dropped and everything has been
+    /// posted; a write is a page of a layer where pages cannot be merged. Pages that go through host memory, to memory
+    /// windows, or from or to a region that is registered in several pieces, are planned for each layer all the same.
+    ///
+    /// [`Push::layer`] with the same list again and again comes close: it compares the lists, and what all such pushes
+    /// of an endpoint may keep is bounded. Dozens of layers over many pages are what this call is for.
+    ///
+    /// It can be called before the reader has agreed, from any thread.
+    ///
+    /// # Errors
+    ///
+    /// [`PushError::Input`]: the positions are not the grant's, or a page does not exist or is named twice.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use kvpush::{Auth, Endpoint, fabric::FabricKind, kv::{Dtype, HeadRange, presets::KvShape, region_lengths}};
+    /// # use kvpush::memory::{HostMemory, Memory};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let shape = KvShape { layers: 3, tokens_per_page: 16, heads: HeadRange::new(0, 2), head_dim: 64, dtype: Dtype::Bf16 };
+    /// # let layout = shape.vllm_flash(8)?;
+    /// # let start = |name: &str| Endpoint::builder().name(name).auth(Auth::psk([7; 32])).fabrics([FabricKind::Tcp]).bind("127.0.0.1:0");
+    /// # let memory = || -> Vec<Arc<dyn Memory>> {
+    /// #     let lengths = region_lengths(&layout).unwrap();
+    /// #     lengths.into_iter().map(|n| Arc::new(HostMemory::new(n).unwrap()) as Arc<dyn Memory>).collect()
+    /// # };
+    /// # let (prefill, decode) = (start("prefill")?, start("decode")?);
+    /// # let source = prefill.register_pool(layout.clone(), memory())?;
+    /// # let destination = decode.register_pool(layout.clone(), memory())?;
+    /// let arrival = destination.grant("request-17", &[4, 6, 5], SOON)?;
+    /// let push = prefill.push_blocking(&source, arrival.grant().clone(), SOON)?;
+    /// let pages = push.prepare(0, &[0, 1, 2])?; // checked here, planned once
+    /// for layer in 0..layout.layers.len() {
+    ///     // ... the layer is computed ...
+    ///     push.layer_prepared(layer, &pages)?;
+    /// }
+    /// push.finish_blocking("", SOON).expect("ends in time")?;
+    /// arrival.complete_blocking(SOON).expect("ends in time")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn prepare(&self, first: usize, pages: &[u32]) -> Result<Prepared, PushError> {
+        let (count, granted) = (pages.len(), self.grant.pages().len());
+        check_positions(first, count, granted)?;
+        check_unique(pages, self.source_pages).map_err(PushInputError::from)?;
+        Ok(Prepared {
+            list: PageList::new(first, pages, None),
+            push: Arc::clone(&self.shared),
+        })
+    }
+
+    /// Pushes prepared pages of `layer`. Like [`Push::layer_from`], but nothing is done for each page in this call.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Push::layer`], and [`PushInputError::ForeignPages`] if they were prepared for another push.
+    pub fn layer_prepared(&self, layer: usize, pages: &Prepared) -> Result<(), PushError> {
+        if !Arc::ptr_eq(&pages.push, &self.shared) {
+            return Err(PushInputError::ForeignPages.into());
+        }
+        self.check_open()?;
+        // As in `layer_from`.
+        let mut input = self.input.lock();
+        let (first, count) = (pages.first(), pages.pages().len());
+        input.take_checked(layer, first, count, self.grant.pages().len())?;
+        self.hand_over(layer, Arc::clone(&pages.list))
+    }
+
+    fn check_open(&self) -> Result<(), PushError> {
+        match self.shared.signal.look(opened) {
+            None => Err(PushInputError::NotOpen.into()),
+            Some(opened) => opened,
+        }
+    }
+
+    fn hand_over(&self, layer: usize, list: Arc<PageList>) -> Result<(), PushError> {
+        if list.pages.is_empty() {
             return Ok(());
         }
         self.command(Command::Pages {
             push: self.id,
             layer: layer as u32,
-            first: first as u32,
-            pages: pages.into(),
+            list,
         })
     }
 
@@ -259,10 +356,7 @@ impl Push {
     /// Sends the tail without waiting.
     pub fn start_finish(&self, tail: impl Into<Bytes>) -> Result<(), PushError> {
         let tail = tail.into();
-        match self.shared.signal.look(opened) {
-            None => return Err(PushInputError::NotOpen.into()),
-            Some(opened) => opened?,
-        }
+        self.check_open()?;
         let capacity = self
             .grant
             .tail_capacity()
@@ -345,28 +439,43 @@ impl Input {
         granted: usize,
         source_pages: u32,
     ) -> Result<(), PushInputError> {
+        self.check(layer, first, pages.len(), granted)?;
+        check_unique(pages, source_pages)?;
+        self.layers[layer].add(first, pages.len(), granted);
+        Ok(())
+    }
+
+    /// The same for pages that have been checked.
+    fn take_checked(
+        &mut self,
+        layer: usize,
+        first: usize,
+        count: usize,
+        granted: usize,
+    ) -> Result<(), PushInputError> {
+        self.check(layer, first, count, granted)?;
+        self.layers[layer].add(first, count, granted);
+        Ok(())
+    }
+
+    fn check(
+        &self,
+        layer: usize,
+        first: usize,
+        count: usize,
+        granted: usize,
+    ) -> Result<(), PushInputError> {
         if self.finished {
             return Err(PushInputError::Finished);
         }
         let layers = self.layers.len();
-        let pushed = self
-            .layers
-            .get_mut(layer)
-            .ok_or(PushInputError::Layer { layer, layers })?;
-        let count = pages.len();
-        if first.checked_add(count).is_none_or(|end| end > granted) {
-            return Err(PushInputError::Positions {
-                first,
-                count,
-                granted,
-            });
+        let pushed = self.layers.get(layer);
+        let pushed = pushed.ok_or(PushInputError::Layer { layer, layers })?;
+        check_positions(first, count, granted)?;
+        match pushed.first_repeated(first, count, granted) {
+            Some(position) => Err(PushInputError::Repeated { layer, position }),
+            None => Ok(()),
         }
-        if let Some(position) = pushed.first_repeated(first, count, granted) {
-            return Err(PushInputError::Repeated { layer, position });
-        }
-        check_unique(pages, source_pages)?;
-        pushed.add(first, count, granted);
-        Ok(())
     }
 
     fn finish(&mut self, granted: usize) -> Result<(), PushInputError> {
@@ -382,10 +491,24 @@ impl Input {
     }
 }
 
+fn check_positions(first: usize, count: usize, granted: usize) -> Result<(), PushInputError> {
+    match first.checked_add(count) {
+        Some(end) if end <= granted => Ok(()),
+        _ => Err(PushInputError::Positions {
+            first,
+            count,
+            granted,
+        }),
+    }
+}
+
 impl Pushed {
     fn first_repeated(&self, first: usize, count: usize, granted: usize) -> Option<usize> {
         if self.count == granted {
             return (count > 0).then_some(first);
+        }
+        if self.positions.is_empty() {
+            return None;
         }
         (first..first + count).find(|&p| {
             self.positions
@@ -434,6 +557,7 @@ mod tests {
         Input {
             layers: vec![Pushed::default(); 2],
             finished: false,
+            last: None,
         }
     }
 

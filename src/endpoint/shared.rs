@@ -20,6 +20,7 @@ use super::{
     config::Config,
     core::{Command, ExportRecord, RegionKeys},
     drain::DrainShared,
+    prepared::PlanBudget,
     regions::{AddressIndex, Arena, Entry, Exports, Policy, Region, Registry},
     signal::Signal,
     telemetry::{Event, Telemetry},
@@ -44,6 +45,8 @@ pub(crate) struct EndpointShared {
     pub(crate) topology: OnceLock<Topology>,
     pub(crate) tails: Arc<TailArena>,
     pub(crate) registry: Arc<Registry>,
+    /// What plans of unprepared pages take.
+    pub(crate) plans: Arc<PlanBudget>,
     /// Made when the first pool needs it.
     pub(crate) staging: Mutex<Option<Arc<Arena>>>,
     pub(crate) closed: AtomicBool,

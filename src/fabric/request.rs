@@ -71,7 +71,8 @@ pub struct FileRange<'a> {
 }
 
 /// Names a registration in requests of its own device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(transparent)]
 pub struct LocalKey(pub u32);
 
 /// Names a registration for deregistration.
@@ -145,8 +146,9 @@ pub struct WorkRequest {
     pub inline: bool,
 }
 
-/// A piece of local memory.
+/// A piece of local memory, in the layout that verbs have for it (`struct ibv_sge`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Sge {
     /// First byte.
     pub address: u64,

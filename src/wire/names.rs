@@ -43,7 +43,7 @@ impl fmt::Display for FabricKind {
 }
 
 /// Names a registration in requests of peers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RemoteKey(pub u32);
 
 /// How a peer reaches a lane: bytes that only the same kind of fabric understands. At most

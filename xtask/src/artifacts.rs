@@ -50,6 +50,26 @@ pub(crate) fn binary(name: &str, release: bool) -> Result<Executable> {
     found.with_context(|| format!("cargo built no binary {name:?}"))
 }
 
+/// Builds one benchmark of the library, running none.
+pub(crate) fn bench(name: &str) -> Result<Executable> {
+    let arguments = ["bench", "--no-run", "--package", "kvpush", "--bench", name];
+    let found = build(&arguments, false)?
+        .into_iter()
+        .find(|executable| executable.kind == "bench" && executable.name == name);
+    found.with_context(|| format!("cargo built no benchmark {name:?}"))
+}
+
+/// Builds the double of libibverbs, optimised, and says where it is.
+pub(crate) fn verbs_double() -> Result<PathBuf> {
+    let arguments = ["build", "--release", "--package", "kvpush-verbs-double"];
+    process::run(process::cargo().args(arguments))?;
+    let path = crate::workspace::target_dir().join("release/libkvpush_verbs_double.so");
+    if !path.is_file() {
+        bail!("cargo has not built {}", path.display());
+    }
+    Ok(path)
+}
+
 /// Builds the tests inside the library of `package` with a profile of its own, running none.
 pub(crate) fn library_test(package: &str, profile: &str) -> Result<Executable> {
     let arguments = [

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::process::{self, stage};
-use crate::{audit, fuzz, gpu_libs, loom, oracle, rxe, sim};
+use crate::{audit, fuzz, gpu_libs, instructions, loom, oracle, rxe, sim};
 
 const TEST_HELP: &str = "\
 cargo xtask test: every test there is
@@ -33,7 +33,7 @@ USAGE
 
 STAGES
     cargo fmt --check; cargo clippy and cargo doc, warnings being errors; cargo xtask audit; cargo xtask oracle;
-    cargo xtask loom; cargo xtask fuzz; cargo xtask test
+    cargo xtask loom; cargo xtask fuzz; cargo xtask instructions; cargo xtask test
 
 OPTIONS
     --no-rxe      Leave the soft-RoCE guests out (see `cargo xtask test --help`)
@@ -87,6 +87,7 @@ pub(crate) fn ci(args: &[String]) -> Result<()> {
     stage("oracle", || oracle::oracle(true))?;
     stage("loom", || loom::loom(&[]))?;
     stage("fuzzing", || fuzz::main(&[]))?;
+    stage("instructions for each page", || instructions::main(&[]))?;
     test_stages(with_rxe)?;
     println!(
         "\n==== ci: passed after {:.0} s",

@@ -10,6 +10,7 @@ mod checks;
 mod fuzz;
 mod gpu_libs;
 mod guest;
+mod instructions;
 mod loom;
 mod mutants;
 mod oracle;
@@ -36,6 +37,7 @@ COMMANDS
     fuzz      Run the fuzz targets from their seeds: every decoder, with libFuzzer and the address sanitizer
     loom      Every order of memory accesses in the lock-free parts
     miri      The tests of the pure layers under miri, where the toolchain has it
+    instructions  Count the instructions that a page costs, over a null device, against bounds in the repository
     mutants   Break the code of an invariant on purpose, one mutation at a time, and see a test notice
     audit     Check the dependency tree with cargo-deny: licences, sources, bans, security advisories
     gpu-libs  Our GPU bindings against the real ROCm libraries and headers (Debian's), and cuda.h where there is one
@@ -73,6 +75,7 @@ fn dispatch(args: &[String]) -> Result<()> {
         "fuzz" => fuzz::main(rest),
         "loom" => loom::loom(rest),
         "miri" => loom::miri(rest),
+        "instructions" => instructions::main(rest),
         "mutants" => mutants::main(rest),
         "audit" => audit::main(rest),
         "gpu-libs" => gpu_libs::main(rest),

@@ -7,6 +7,7 @@ use kvpush_engine::{
         Config, Engine, Handle, KvChange,
         fake::{FakeModel, Shape},
     },
+    model::{Chunk, KvShard, Logits, Model, ModelConfig, ModelError, Observer},
     request::{Event, Leg, Request, RequestError, SamplingParams, Usage},
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -260,4 +261,70 @@ fn changes_of_the_prefix_cache_are_told_and_can_be_read_again() {
     let second = listener.blocking_recv().expect("an event");
     assert_eq!((second.sequence, second.change), (2, KvChange::Cleared));
     assert!(handle.kv_snapshot().blocks.is_empty());
+}
+
+/// A model that does not live long.
+struct Doomed(FakeModel, u32);
+
+impl Model for Doomed {
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+
+    fn block_tokens(&self) -> usize {
+        self.0.block_tokens()
+    }
+
+    fn blocks(&self) -> u32 {
+        self.0.blocks()
+    }
+
+    fn shards(&self) -> &[KvShard] {
+        self.0.shards()
+    }
+
+    fn forward(
+        &mut self,
+        batch: &[Chunk<'_>],
+        observer: &mut dyn Observer,
+    ) -> Result<Logits, ModelError> {
+        self.1 -= 1;
+        match self.1 {
+            3 => Err(ModelError::Batch("a rank has failed".to_owned())),
+            0 => panic!("doomed"),
+            _ => self.0.forward(batch, observer),
+        }
+    }
+}
+
+#[test]
+fn a_model_that_fails_or_panics_fails_its_requests() {
+    let model = FakeModel::new(Shape::default()).expect("a model");
+    let engine = Engine::start(Box::new(Doomed(model, 5)), None, Config::default());
+    let engine = engine.expect("a thread");
+    let handle = engine.handle();
+    for id in ["a", "b"] {
+        let (request, mut events) = request(id, 10, 10);
+        handle.submit(request).expect("taken");
+        assert!(matches!(end(&mut events).1, Err(RequestError::Internal(_))));
+        // Only after the panic.
+        assert_eq!(handle.is_alive(), id == "a");
+        assert!(id == "b" || is_back(&handle));
+    }
+    let (late, _events) = request("c", 10, 10);
+    assert!(matches!(
+        handle.submit(late),
+        Err(RequestError::Internal(_))
+    ));
+    assert!(handle.is_drained());
+}
+
+#[test]
+fn an_id_may_be_used_again_as_soon_as_its_request_has_ended() {
+    let engine = start(Shape::default(), Config::default());
+    for _ in 0..50 {
+        let (request, mut events) = request("a", 10, 1);
+        engine.handle().submit(request).expect("the id is free");
+        end(&mut events).1.expect("success");
+    }
 }

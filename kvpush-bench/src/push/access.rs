@@ -72,7 +72,11 @@ impl Access {
                 });
                 let moves: Vec<_> = moves.collect();
                 measured.writes += moves.len() as u64;
-                for moved in wait::all(moves) {
+                let moved = match round.is_polling {
+                    true => wait::all_polling(moves),
+                    false => wait::all(moves),
+                };
+                for moved in moved {
                     moved.context("one-sided access")?;
                 }
                 measured.latencies.push(begin.elapsed());

@@ -7,7 +7,7 @@ use kvpush::Endpoint;
 
 use super::{SHORT, Session, access, pages, unexpected};
 use crate::{
-    cli::Op,
+    cli::{Op, PollingChoice},
     content::{Cache, Expected, Random},
     error::{Context, Error, Result},
     fabric, measure, out,
@@ -45,6 +45,8 @@ pub(super) struct Round<'a> {
     pub(super) requests: u32,
     pub(super) in_flight: u32,
     pub(super) timeout: Duration,
+    /// Whether to spin while waiting for one-sided access.
+    pub(super) is_polling: bool,
 }
 
 impl Session<'_> {
@@ -89,7 +91,7 @@ impl Session<'_> {
             .unwrap_or_default();
         let our_reason = self.args.fabric.why_no_rdma(&our_rails);
         let chosen = fabric::choose(&our_rails, &their_rails, [our_reason, their_reason])?;
-        if said.as_ref() != Some(&chosen.line) {
+        if !self.is_silent && said.as_ref() != Some(&chosen.line) {
             out::say(&chosen.line);
             *said = Some(chosen.line.clone());
         }
@@ -132,7 +134,7 @@ impl Session<'_> {
         }
         self.connection.send(&ToServer::End)?;
         row.close();
-        if !std::io::stderr().is_terminal() {
+        if !self.is_silent && !std::io::stderr().is_terminal() {
             out::note(row.sentence());
         }
         Ok(row)
@@ -188,6 +190,7 @@ impl Session<'_> {
             requests,
             in_flight: self.args.workload.in_flight,
             timeout,
+            is_polling: self.args.fabric.polling == PollingChoice::Busy,
         };
         if workload.op == Op::Push {
             let pushes = pages::open(&round, grants)?;

@@ -51,6 +51,7 @@ pub(crate) struct Session<'a> {
     args: &'a RunArgs,
     auth: Auth,
     server_limit: u64,
+    is_silent: bool,
 }
 
 impl<'a> Session<'a> {
@@ -73,6 +74,7 @@ impl<'a> Session<'a> {
                 args,
                 auth,
                 server_limit: memory_limit,
+                is_silent: false,
             }),
             ToPusher::Hello {
                 protocol, version, ..
@@ -82,6 +84,17 @@ impl<'a> Session<'a> {
             ))),
             other => Err(unexpected(other)),
         }
+    }
+
+    /// Runs one workload as `args` has it, without a word about it.
+    pub(crate) fn measure(
+        &mut self,
+        args: &'a RunArgs,
+        workload: &Workload,
+        seed: u64,
+    ) -> Result<Row> {
+        (self.args, self.is_silent) = (args, true);
+        self.run_case(workload, seed, &mut None)
     }
 
     /// Runs every workload, prints and writes the rows. Fails if any byte is wrong.

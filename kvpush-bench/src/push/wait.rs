@@ -15,10 +15,23 @@ impl Wake for Unpark {
     }
 }
 
+/// The same, spinning: nobody has to wake this thread.
+pub(super) fn all_polling<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    run(futures, Waker::noop(), std::hint::spin_loop)
+}
+
 /// Runs all futures together and returns their results in order.
 pub(super) fn all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut context = Context::from_waker(&waker);
+    run(futures, &waker, thread::park)
+}
+
+fn run<F: Future>(
+    futures: impl IntoIterator<Item = F>,
+    waker: &Waker,
+    wait: impl Fn(),
+) -> Vec<F::Output> {
+    let mut context = Context::from_waker(waker);
     let mut waiting: Vec<Pin<Box<F>>> = futures.into_iter().map(Box::pin).collect();
     let mut done: Vec<Option<F::Output>> = waiting.iter().map(|_| None).collect();
     // Each future is polled again only after a wake-up; those at the front tend to be ready first.
@@ -37,7 +50,7 @@ pub(super) fn all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Out
         if !pending {
             return done.into_iter().flatten().collect();
         }
-        thread::park();
+        wait();
     }
 }
 
@@ -45,6 +58,19 @@ pub(super) fn all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Out
 mod tests {
     use super::*;
     use std::{future::poll_fn, sync::Mutex, time::Duration};
+
+    #[test]
+    fn spinning_needs_no_wake_up() {
+        let mut polls = 0;
+        let results = all_polling([poll_fn(|_| {
+            polls += 1;
+            match polls {
+                3 => Poll::Ready(polls),
+                _ => Poll::Pending,
+            }
+        })]);
+        assert_eq!(results, [3]);
+    }
 
     #[test]
     fn results_come_in_order_however_they_become_ready() {

@@ -16,10 +16,14 @@ use crate::{
 
 /// Fails before anything is measured if a result could not be written afterwards.
 pub(crate) fn check_paths(output: &OutputArgs) -> Result<()> {
-    for path in [&output.json, &output.plot].into_iter().flatten() {
-        let file = fs::OpenOptions::new().create(true).append(true).open(path);
-        file.context(format_args!("cannot write {}", path.display()))?;
-    }
+    let mut paths = [&output.json, &output.plot].into_iter().flatten();
+    paths.try_for_each(|path| check_path(path))
+}
+
+/// The same for one file.
+pub(crate) fn check_path(path: &Path) -> Result<()> {
+    let file = fs::OpenOptions::new().create(true).append(true).open(path);
+    file.context(format_args!("cannot write {}", path.display()))?;
     Ok(())
 }
 

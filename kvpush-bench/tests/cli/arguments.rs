@@ -54,6 +54,13 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
             &["push", "somewhere", "--key", "a", "--tp-decode", "5"],
             &["5 ranks"],
         ),
+        (&["compare", "--lanes", "17"], &["17"]),
+        (&["compare", "--repeat", "0"], &["0"]),
+        (&["compare", "--sizes", "1m..4k"], &["the first size"]),
+        (
+            &["compare", "--fabric", "shm", "--devices", "mlx5_0"],
+            &["--devices"],
+        ),
         (&["dance"], &["dance"]),
     ] {
         run(arguments).assert_code(2).assert_err(words);

@@ -118,7 +118,11 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let mut child = command(arguments).spawn().expect("start the tool");
+        Self::of(command(arguments))
+    }
+
+    pub(crate) fn of(mut command: Command) -> Self {
+        let mut child = command.spawn().expect("start the tool");
         let out = BufReader::new(child.stdout.take().expect("its output"));
         Self {
             child,

@@ -10,6 +10,7 @@ use crate::{
     endpoint::{
         control::{CloseReason, ConnId},
         drain::DrainEntry,
+        prepared::PageList,
         shared::PoolRecord,
     },
     wire::{GrantId, Incarnation, PoolId},
@@ -29,12 +30,11 @@ pub(crate) enum Command {
     Connect(ConnectEntry),
     /// A push begins.
     OpenPush(Box<PushEntry>),
-    /// Source pages for the positions from `first` of one layer. Checked by the caller.
+    /// Source pages of one layer. Checked by the caller.
     Pages {
         push: u64,
         layer: u32,
-        first: u32,
-        pages: Arc<[u32]>,
+        list: Arc<PageList>,
     },
     /// Everything has been handed over.
     Finish { push: u64, tail: Bytes },

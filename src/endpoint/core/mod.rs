@@ -303,12 +303,7 @@ impl Core {
             Command::OpenPush(entry) if self.is_draining() => Self::late_push(&entry),
             Command::Connect(entry) => self.connect(entry),
             Command::OpenPush(entry) => self.open_push(*entry),
-            Command::Pages {
-                push,
-                layer,
-                first,
-                pages,
-            } => self.queue_pages(push, layer, first, pages),
+            Command::Pages { push, layer, list } => self.queue_pages(push, layer, &list),
             Command::Finish { push, tail } => self.finish_push(push, &tail),
             Command::Cancel { push } => self.cancel_push(push),
             Command::Deregister(region) => self.deregister(&region),

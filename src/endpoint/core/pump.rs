@@ -5,18 +5,27 @@
 //!
 //! Slots come first: a request is built only after its send-queue slot, and the peer's receive if it carries an
 //! immediate, have been taken. When there are none the lane waits for completions or credits.
+//!
+//! A page costs what [`Work::build_pages`] does for its write, and what the planner, unless the pages have been planned
+//! for a layer of the same geometry, and the fabric do; all else is done once for each batch. `cargo xtask instructions`
+//! counts it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use super::{
     AccessEntry, Core, PushEntry, Rail,
     cut::{cut, limits},
+    remote::Target,
     session::Lane,
     staging::{Ready, StagedTask, Staging},
 };
 use crate::{
-    endpoint::{PeerError, control::ConnId, telemetry::meters::RailMeters},
-    fabric::{FabricError, Opcode, Sge, WorkRequest},
+    endpoint::{
+        PeerError, control::ConnId, prepared::PageList, regions::Region,
+        telemetry::meters::RailMeters,
+    },
+    fabric::{FabricError, LocalKey, Opcode, RemoteKey, Sge, WorkRequest},
+    kv::plan::Translation,
     protocol::Batch,
 };
 
@@ -44,7 +53,7 @@ pub(super) enum Task {
         layer: u32,
         part: u32,
         first: u32,
-        source: Arc<[u32]>,
+        source: Arc<PageList>,
         from: u32,
         count: u32,
         /// Whether this is the last of its part, and so carries the immediate.
@@ -121,6 +130,206 @@ pub(super) struct Scratch {
     sges: Vec<Sge>,
     batches: Vec<Batch<Owner>>,
     retired: Vec<Batch<Owner>>,
+}
+
+impl Scratch {
+    /// The number of the next request that is built.
+    fn next_sequence(&self, lane: &Lane) -> u64 {
+        lane.ledger.next_sequence() + self.requests.len() as u64
+    }
+
+    /// Notes whose the last requests are.
+    fn belongs(&mut self, owner: Owner, requests: u32, bytes: u64) {
+        match self.batches.last_mut() {
+            Some(last) if last.owner == owner => {
+                last.requests += requests;
+                last.bytes += bytes;
+            }
+            _ => self.batches.push(Batch {
+                owner,
+                requests,
+                bytes,
+            }),
+        }
+    }
+}
+
+/// Requests of a lane after which one is signalled: a quarter of its queue.
+fn signal_every(lane: &Lane) -> u32 {
+    (lane.config.send_depth / 4).max(1)
+}
+
+/// Adds the requests for some writes of the lane's plan; the last carries `imm`, if there is one. Their slots have been
+/// taken. This is what each page costs. `None` if a region has no key, and then nothing has been added.
+fn build_pages(
+    scratch: &mut Scratch,
+    lane: &mut Lane,
+    push: u64,
+    ends: &Ends<'_>,
+    range: Range<usize>,
+    imm: Option<u32>,
+) -> Option<()> {
+    let first_id = scratch.next_sequence(lane);
+    let (built, gathered) = (scratch.requests.len(), scratch.sges.len());
+    let (plan, translation) = (lane.plan(), &lane.translation);
+    let writes = plan.writes.get(range)?;
+    let (Some(first), Some(last)) = (writes.first(), writes.last()) else {
+        return Some(());
+    };
+    // The runs of consecutive writes follow each other.
+    let end = last.first_source as usize + last.source_count as usize;
+    let runs = plan.sources.get(first.first_source as usize..end)?;
+    let mut source = Memo::new(|region| ends.source(translation, region));
+    scratch.sges.extend(runs.iter().map(|run| {
+        let (address, key) = source.of(run.region);
+        Sge {
+            address: address.wrapping_add(run.offset),
+            length: run.length,
+            key,
+        }
+    }));
+    let mut target = Memo::new(|region| ends.target(translation, region));
+    let mut bytes = 0;
+    let mut first_sge = gathered as u32;
+    scratch
+        .requests
+        .extend((first_id..).zip(writes).map(|(id, write)| {
+            let (address, remote_key) = target.of(write.region);
+            bytes += u64::from(write.length);
+            let first = first_sge;
+            first_sge += write.source_count;
+            WorkRequest {
+                id,
+                opcode: Opcode::Write,
+                remote_address: address.wrapping_add(write.offset),
+                remote_key,
+                first_sge: first,
+                sge_count: write.source_count,
+                signaled: false,
+                inline: false,
+            }
+        }));
+    if source.is_missing || target.is_missing {
+        scratch.requests.truncate(built);
+        scratch.sges.truncate(gathered);
+        return None;
+    }
+    let count = scratch.requests.len() - built;
+    if let (Some(imm), Some(last)) = (imm, scratch.requests.last_mut()) {
+        last.opcode = Opcode::WriteImm(imm);
+    }
+    // As `request` would have counted them.
+    let every = signal_every(lane) as usize;
+    let unsignalled = lane.unsignalled as usize;
+    let until = every - 1 - unsignalled.min(every - 1);
+    for request in scratch.requests[built..]
+        .iter_mut()
+        .skip(until)
+        .step_by(every)
+    {
+        request.signaled = true;
+    }
+    lane.unsignalled = ((unsignalled + count) % every) as u32;
+    scratch.belongs(Owner::Push(push), count as u32, bytes);
+    Some(())
+}
+
+/// Looks places up by region, and remembers the last: neighbours are in the same region as a rule.
+struct Memo<K, F> {
+    find: F,
+    region: u32,
+    found: (u64, K),
+    /// Whether there was a region without a place.
+    is_missing: bool,
+}
+
+impl<K: Copy + Default, F: FnMut(u16) -> Option<(u64, K)>> Memo<K, F> {
+    fn new(find: F) -> Self {
+        Self {
+            find,
+            // None has this number.
+            region: u32::MAX,
+            found: (0, K::default()),
+            is_missing: false,
+        }
+    }
+
+    #[inline]
+    fn of(&mut self, region: u16) -> (u64, K) {
+        if self.region != u32::from(region) {
+            self.look_up(region);
+        }
+        self.found
+    }
+
+    #[cold]
+    fn look_up(&mut self, region: u16) {
+        self.region = region.into();
+        match (self.find)(region) {
+            Some(found) => self.found = found,
+            None => self.is_missing = true,
+        }
+    }
+}
+
+/// Makes the lane's plan that of `count` pages of a list, from its index `from` and the grant's position `first` on.
+fn plan(
+    lane: &mut Lane,
+    push: &PushEntry,
+    layer: u32,
+    list: &PageList,
+    (first, from, count): (u32, u32, u32),
+) {
+    lane.kept = None;
+    lane.plan.clear();
+    lane.translation.reset();
+    let Some(planner) = push.planner.as_deref() else {
+        return;
+    };
+    // Whatever else there is to do for each piece of a cut or a staged write reads the lane's own plan.
+    let keeps = planner.layers() > 1 && !push.is_staged && !push.is_cut();
+    if keeps {
+        let fits = |known| planner.translate(known, layer, &mut lane.translation);
+        lane.kept = list.plan(from, fits);
+        if lane.kept.is_some() {
+            return;
+        }
+    }
+    let (source, first, count) = (from as usize, first as usize, count as usize);
+    let pages = list
+        .pages
+        .get(source..source + count)
+        .zip(push.destination().get(first..first + count));
+    let planned = pages.map(|(from, to)| planner.plan(layer, from, to, &mut lane.plan));
+    // Pages and layers were checked when they were handed over, and the peer's layout when the push was opened.
+    debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
+    if keeps && list.is_repeated() {
+        list.keep(from, layer, &lane.plan);
+    }
+}
+
+/// Where a push's regions are, by the lane that is posted to.
+struct Ends<'a> {
+    rail: usize,
+    source: &'a [Region],
+    target: &'a [Target],
+}
+
+impl Ends<'_> {
+    /// Address and key of a source region, as it is for the offsets of the plan.
+    fn source(&self, translation: &Translation, region: u16) -> Option<(u64, LocalKey)> {
+        let (region, by) = translation.source(region);
+        let rails = self.source.get(usize::from(region))?.rails();
+        let (address, key, _) = rails.get(self.rail)?.at(0)?;
+        Some((address.wrapping_add(by), key))
+    }
+
+    /// The same for a destination region.
+    fn target(&self, translation: &Translation, region: u16) -> Option<(u64, RemoteKey)> {
+        let (region, by) = translation.destination(region);
+        let (address, key) = self.target.get(usize::from(region))?.first();
+        Some((address.wrapping_add(by), key))
+    }
 }
 
 /// What a post needs from outside of the lane.
@@ -253,7 +462,7 @@ impl Work<'_> {
 
     /// The number of the next request that is built.
     fn next_sequence(&self, lane: &Lane) -> u64 {
-        lane.ledger.next_sequence() + self.scratch.requests.len() as u64
+        self.scratch.next_sequence(lane)
     }
 
     /// Takes the next task that is still wanted and plans it.
@@ -276,20 +485,7 @@ impl Work<'_> {
                         lane.load -= task.bytes();
                         continue;
                     };
-                    lane.plan.clear();
-                    let (from, first, count) = (*from as usize, *first as usize, *count as usize);
-                    let pages = source
-                        .get(from..from + count)
-                        .zip(push.destination().get(first..first + count));
-                    let planned =
-                        pages
-                            .zip(push.planner.as_ref())
-                            .map(|((source, to), planner)| {
-                                planner.plan(*layer, source, to, &mut lane.plan)
-                            });
-                    // Pages and layers were checked when they were handed over, and the peer's layout when the push
-                    // was opened.
-                    debug_assert!(matches!(planned, Some(Ok(()))), "{planned:?}");
+                    plan(lane, push, *layer, source, (*first, *from, *count));
                     let completes = completes.then(|| push.imm(*part));
                     match push.is_staged {
                         true => {
@@ -343,68 +539,48 @@ impl Work<'_> {
         mut next: usize,
         completes: Option<u32>,
     ) -> Result<bool, FabricError> {
-        let total = lane.plan.writes.len();
+        let total = lane.plan().writes.len();
         while next < total {
-            // Looked up again after each flush, which needs the pushes too.
+            let current = Current::Pages {
+                push: id,
+                next,
+                done: 0,
+                completes,
+            };
+            let room = BATCH.saturating_sub(self.scratch.requests.len());
+            if room == 0 {
+                lane.current = Some(current);
+                self.flush(lane)?;
+                continue;
+            }
+            let wanted = room.min(total - next);
+            let ends = completes.is_some() && next + wanted == total;
+            let count = lane.send.take_some(wanted as u32, ends) as usize;
             let Some(push) = self.pushes.get(&id) else {
                 return Ok(true);
             };
-            let Some(targets) = push.targets(lane) else {
+            let Some(target) = push.targets(lane) else {
                 return Ok(true);
             };
-            let source = Arc::clone(&push.source);
-            let targets = Arc::clone(targets);
-            while next < total && self.scratch.requests.len() < BATCH {
-                let imm = completes.filter(|_| next + 1 == total);
-                if !lane.send.take(1, imm.is_some().into()) {
-                    lane.current = Some(Current::Pages {
-                        push: id,
-                        next,
-                        done: 0,
-                        completes,
-                    });
-                    return Ok(false);
-                }
-                let write = lane.plan.writes[next];
-                let first_sge = self.scratch.sges.len() as u32;
-                for run in lane.plan.sources_of(&write) {
-                    let region = &source.record.regions[usize::from(run.region)];
-                    // A session has no lane on a rail that does not reach the pool.
-                    let Some((address, key, _)) = region.rails()[lane.rail].at(run.offset) else {
-                        return Ok(true);
-                    };
-                    self.scratch.sges.push(Sge {
-                        address,
-                        length: run.length,
-                        key,
-                    });
-                }
-                let (remote_address, remote_key) = targets[usize::from(write.region)].first();
-                self.request(
-                    lane,
-                    Owner::Push(id),
-                    WorkRequest {
-                        id: 0,
-                        opcode: imm.map_or(Opcode::Write, Opcode::WriteImm),
-                        remote_address: remote_address + write.offset,
-                        remote_key,
-                        first_sge,
-                        sge_count: write.source_count,
-                        signaled: false,
-                        inline: false,
-                    },
-                    u64::from(write.length),
-                );
-                next += 1;
+            let ends = Ends {
+                rail: lane.rail,
+                source: &push.source.record.regions,
+                target,
+            };
+            let imm = completes.filter(|_| next + count == total);
+            if build_pages(self.scratch, lane, id, &ends, next..next + count, imm).is_none() {
+                // A session has no lane on a rail that does not reach the pool.
+                return Ok(true);
             }
-            if self.scratch.requests.len() >= BATCH {
+            next += count;
+            if count < wanted {
                 lane.current = Some(Current::Pages {
                     push: id,
                     next,
                     done: 0,
                     completes,
                 });
-                self.flush(lane)?;
+                return Ok(false);
             }
         }
         if let Some(push) = self.pushes.get_mut(&id) {
@@ -654,22 +830,12 @@ impl Work<'_> {
     fn request(&mut self, lane: &mut Lane, owner: Owner, mut request: WorkRequest, bytes: u64) {
         request.id = self.next_sequence(lane);
         lane.unsignalled += 1;
-        if lane.unsignalled >= (lane.config.send_depth / 4).max(1) {
+        if lane.unsignalled >= signal_every(lane) {
             request.signaled = true;
             lane.unsignalled = 0;
         }
         self.scratch.requests.push(request);
-        match self.scratch.batches.last_mut() {
-            Some(last) if last.owner == owner => {
-                last.requests += 1;
-                last.bytes += bytes;
-            }
-            _ => self.scratch.batches.push(Batch {
-                owner,
-                requests: 1,
-                bytes,
-            }),
-        }
+        self.scratch.belongs(owner, 1, bytes);
     }
 
     /// Posts the batch. Its last request is signalled, so everything posted is covered by a completion to come.

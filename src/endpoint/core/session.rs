@@ -18,7 +18,7 @@ use super::{
 use crate::{
     endpoint::{PeerError, control::ConnId, telemetry::meters::PeerMeters},
     fabric::{FabricError, FabricErrorKind, FabricKind, LaneAddress, LaneConfig, LaneId},
-    kv::Plan,
+    kv::{Plan, plan::Translation},
     protocol::{Backoff, LaneLedger, ReceiveCredits, ReplayLedger, SendCredits, Time},
     wire::Incarnation,
 };
@@ -192,6 +192,10 @@ pub(super) struct Lane {
     pub(super) queue: VecDeque<Task>,
     pub(super) current: Option<Current>,
     pub(super) plan: Plan,
+    /// The plan of the task being posted, if it is not `plan` but one of another layer that has been kept, and where its
+    /// places are in this layer.
+    pub(super) kept: Option<Arc<Plan>>,
+    pub(super) translation: Translation,
     /// Requests posted since the last signalled one.
     pub(super) unsignalled: u32,
 }
@@ -242,7 +246,13 @@ impl Lane {
         self.peer_receives = 0;
         self.ledger = LaneLedger::new();
         self.current = None;
+        self.kept = None;
         self.unsignalled = 0;
+    }
+
+    /// The plan of the task being posted.
+    pub(super) fn plan(&self) -> &Plan {
+        self.kept.as_deref().unwrap_or(&self.plan)
     }
 }
 
@@ -343,6 +353,8 @@ impl Core {
             queue: VecDeque::new(),
             current: None,
             plan: Plan::default(),
+            kept: None,
+            translation: Translation::default(),
             unsignalled: 0,
         };
         Ok((lane, address))

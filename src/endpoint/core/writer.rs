@@ -14,6 +14,7 @@ use crate::{
     endpoint::{
         PeerError, PushError, PushReport,
         control::ConnId,
+        prepared::PageList,
         shared::{PoolHandle, PushPhase, PushShared, TailSlot},
     },
     fabric::{FabricError, FabricKind, LaneId, LocalKey, RemoteKey},
@@ -312,8 +313,8 @@ impl Core {
         }
     }
 
-    /// Source pages for the positions from `first` of `layer`: cut into blocks, each block to its lane.
-    pub(super) fn queue_pages(&mut self, id: u64, layer: u32, first: u32, pages: Arc<[u32]>) {
+    /// Source pages of `layer`: cut into blocks, each block to its lane.
+    pub(super) fn queue_pages(&mut self, id: u64, layer: u32, list: &Arc<PageList>) {
         let Some(push) = self.pushes.get_mut(&id) else {
             return;
         };
@@ -326,7 +327,8 @@ impl Core {
         if !push.machine.may_post() {
             return;
         }
-        let end = first + pages.len() as u32;
+        let first = list.first;
+        let end = first + list.pages.len() as u32;
         let mut touched = 0u64;
         let mut position = first;
         while position < end {
@@ -354,7 +356,7 @@ impl Core {
                 layer,
                 part,
                 first: position,
-                source: Arc::clone(&pages),
+                source: Arc::clone(list),
                 from: position - first,
                 count,
                 completes,

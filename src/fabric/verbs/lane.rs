@@ -45,6 +45,11 @@ impl WrId {
         }
     }
 
+    /// The encoding of a lane's request 0; that of another has its sequence number in the lower half.
+    pub(super) fn first_send(lane: LaneId) -> u64 {
+        Self::Send { lane, sequence: 0 }.encode()
+    }
+
     pub(super) fn decode(value: u64) -> Self {
         let lane = (value & !RECEIVE) >> 32;
         let lane = u32::try_from(lane).unwrap_or(NO_LANE);
@@ -123,13 +128,25 @@ impl Outstanding {
         self.head.wrapping_add(ahead)
     }
 
-    /// Takes in one request that the device has accepted.
-    pub(super) fn push(&mut self, id: u64) {
-        let slot = self.slot(self.head);
+    /// Notes the id of the request `ahead` places after the next one, which the device has not accepted yet. There is
+    /// [room](Self::room) for it.
+    #[inline]
+    pub(super) fn note(&mut self, ahead: u32, id: u64) {
+        let slot = self.slot(self.head.wrapping_add(ahead));
         if let Some(place) = self.ids.get_mut(slot) {
             *place = id;
         }
-        self.head = self.head.wrapping_add(1);
+    }
+
+    /// Takes in `count` requests that have been noted and that the device has accepted.
+    pub(super) fn advance(&mut self, count: u32) {
+        self.head = self.head.wrapping_add(count);
+    }
+
+    /// Takes in one request that the device has accepted.
+    pub(super) fn push(&mut self, id: u64) {
+        self.note(0, id);
+        self.advance(1);
     }
 
     /// Retires everything up to `sequence` and gives that request's id; `None` if it is not outstanding.
@@ -193,6 +210,9 @@ mod tests {
         ] {
             assert_eq!(WrId::decode(id.encode()), id);
         }
+        let (lane, sequence) = (LaneId::LAST, u32::MAX);
+        let whole = WrId::Send { lane, sequence }.encode();
+        assert_eq!(WrId::first_send(lane) | u64::from(sequence), whole);
     }
 
     #[test]

@@ -2,8 +2,12 @@
 //!
 //! Owned by the thread of its context. No allocation, no lock and no system call: `ibv_post_send(3)` writes the
 //! device's queue and rings its doorbell (on soft-RoCE the doorbell is a system call, once per chain).
+//!
+//! Gather lists are not copied: an [`Sge`] has the layout of an `ibv_sge`, so a work request points to the caller's.
 
-use crate::fabric::{FabricError, FabricErrorKind, Opcode, PostError, Sge, WorkRequest};
+use crate::fabric::{
+    FabricError, FabricErrorKind, LaneConfig, Opcode, PostError, Sge, WorkRequest,
+};
 
 use super::{
     error::Place,
@@ -13,10 +17,18 @@ use super::{
 
 /// Requests handed to the device with one call.
 const CHAIN: usize = 64;
-/// Gather elements of one chain; at least what one request of any device may have.
-const CHAIN_SGES: usize = 512;
 /// Receives handed to the device with one call.
 const RECEIVE_CHAIN: usize = 64;
+
+// `fill` hands the caller's elements to the device.
+const _: () = {
+    use std::mem::{align_of, offset_of, size_of};
+    assert!(size_of::<Sge>() == size_of::<sys::ibv_sge>());
+    assert!(align_of::<Sge>() == align_of::<sys::ibv_sge>());
+    assert!(offset_of!(Sge, address) == offset_of!(sys::ibv_sge, addr));
+    assert!(offset_of!(Sge, length) == offset_of!(sys::ibv_sge, length));
+    assert!(offset_of!(Sge, key) == offset_of!(sys::ibv_sge, lkey));
+};
 
 /// Limits that each request is checked against before the device sees it.
 #[derive(Clone, Copy, Debug)]
@@ -26,10 +38,97 @@ pub(super) struct Limits {
     pub(super) max_read_sge: u32,
 }
 
+/// The limits of one lane.
+#[derive(Clone, Copy)]
+struct LaneLimits {
+    max_message: u64,
+    max_sge: u32,
+    max_read_sge: u32,
+    max_inline: u32,
+}
+
+impl Limits {
+    fn of(&self, config: &LaneConfig) -> LaneLimits {
+        LaneLimits {
+            max_message: self.max_message,
+            max_sge: config.max_sge,
+            max_read_sge: config.max_sge.min(self.max_read_sge),
+            max_inline: config.max_inline,
+        }
+    }
+}
+
+impl LaneLimits {
+    /// The gather list of `request`, if the device may see it.
+    #[inline]
+    fn gather<'a>(&self, request: &WorkRequest, sges: &'a [Sge]) -> Option<&'a [Sge]> {
+        let first = request.first_sge as usize;
+        let gather = sges.get(first..first + request.sge_count as usize)?;
+        let bytes = match gather {
+            [sge] => u64::from(sge.length),
+            several => several.iter().map(|sge| u64::from(sge.length)).sum(),
+        };
+        let is_read = matches!(request.opcode, Opcode::Read);
+        let fits = request.sge_count <= self.max_sge
+            && bytes <= self.max_message
+            && (!(is_read || request.inline) || self.fits_specially(request, is_read, bytes));
+        fits.then_some(gather)
+    }
+
+    /// What reads and inline writes need besides.
+    #[inline(never)]
+    fn fits_specially(&self, request: &WorkRequest, is_read: bool, bytes: u64) -> bool {
+        let inline = !is_read && bytes <= u64::from(self.max_inline);
+        (!is_read || request.sge_count <= self.max_read_sge) && (!request.inline || inline)
+    }
+
+    /// Why there is none.
+    #[cold]
+    fn refusal(&self, place: &Place, request: &WorkRequest, sges: &[Sge]) -> FabricError {
+        const CALL: &str = "ibv_post_send";
+        let memory = |what| place.error(CALL, FabricErrorKind::Memory(what));
+        let (first, count) = (request.first_sge as usize, request.sge_count as usize);
+        let Some(gather) = sges.get(first..first + count) else {
+            return memory(format!(
+                "gather elements {first}..+{count} of {}",
+                sges.len()
+            ));
+        };
+        let is_read = request.opcode == Opcode::Read;
+        if request.inline && is_read {
+            return memory("a read cannot be inline".to_owned());
+        }
+        let elements = match is_read {
+            true => ("number of scatter elements of a read", self.max_read_sge),
+            false => ("number of gather elements", self.max_sge),
+        };
+        let bytes: u64 = gather.iter().map(|sge| u64::from(sge.length)).sum();
+        let within = place
+            .limit(CALL, elements.0, count as u64, elements.1.into())
+            .and_then(|()| place.limit(CALL, "message length", bytes, self.max_message));
+        match within {
+            Err(error) => error,
+            Ok(()) => {
+                let kind = FabricErrorKind::Limit {
+                    what: "inline payload",
+                    value: bytes,
+                    limit: self.max_inline.into(),
+                };
+                place.error(CALL, kind)
+            }
+        }
+    }
+}
+
+#[cold]
+fn full(place: &Place, lane: &Lane) -> FabricError {
+    let (queue, depth) = ("send queue", lane.sent.depth());
+    place.error("ibv_post_send", FabricErrorKind::QueueFull { queue, depth })
+}
+
 /// Scratch memory for chains.
 pub(super) struct Poster {
     sends: Box<[sys::ibv_send_wr]>,
-    sges: Box<[sys::ibv_sge]>,
     receives: Box<[sys::ibv_recv_wr]>,
     limits: Limits,
 }
@@ -41,7 +140,6 @@ impl Poster {
     pub(super) fn new(limits: Limits) -> Self {
         Self {
             sends: vec![sys::ibv_send_wr::zeroed(); CHAIN].into(),
-            sges: vec![sys::ibv_sge::zeroed(); CHAIN_SGES].into(),
             receives: vec![sys::ibv_recv_wr::zeroed(); RECEIVE_CHAIN].into(),
             limits,
         }
@@ -74,27 +172,19 @@ impl Poster {
             let (filled, refused) = self.fill(place, lane, rest, sges);
             if filled > 0 {
                 // SAFETY: a connected or failed lane's queue pair is live; `fill` has just linked the first `filled`
-                // requests into a chain that ends in null and whose gather lists lie in `self.sges`. What those name
-                // is for the caller to answer for: the driver copies inline elements by address, the device checks
-                // the keys of all others.
+                // requests into a chain that ends in null and whose gather lists lie in `sges`, which are only read.
+                // What those name is for the caller to answer for: the driver copies inline elements by address, the
+                // device checks the keys of all others.
                 let result = unsafe { sys::ibv_post_send(lane.qp, self.sends.as_mut_ptr()) };
                 let accepted = match &result {
                     Ok(()) => filled,
                     Err(error) => accepted(self.sends.as_ptr(), error.bad, filled),
                 };
-                for request in rest.iter().take(accepted) {
-                    lane.sent.push(request.id);
-                }
+                lane.sent.advance(accepted as u32);
                 posted += accepted;
                 if let Err(error) = result {
                     let source = match error.errno.code() {
-                        libc::ENOMEM => place.error(
-                            "ibv_post_send",
-                            FabricErrorKind::QueueFull {
-                                queue: "send queue",
-                                depth: lane.sent.depth(),
-                            },
-                        ),
+                        libc::ENOMEM => full(place, lane),
                         errno => place.os("ibv_post_send", errno),
                     };
                     return Err(PostError { posted, source });
@@ -150,146 +240,60 @@ impl Poster {
         }
     }
 
-    /// Links as many of `requests` as fit into one chain; the error, if any, is why the next one must not be posted.
+    /// Links as many of `requests` as fit into one chain, and notes their ids; the error, if any, is why the next one
+    /// must not be posted.
     fn fill(
         &mut self,
         place: &Place,
-        lane: &Lane,
+        lane: &mut Lane,
         requests: &[WorkRequest],
         sges: &[Sge],
     ) -> (usize, Option<FabricError>) {
-        let mut filled = 0;
-        let mut used = 0;
-        let mut refused = None;
         let room = lane.sent.room() as usize;
-        for request in requests {
-            if filled == self.sends.len() {
-                break;
-            }
+        let first = WrId::first_send(lane.id);
+        let limits = self.limits.of(&lane.config);
+        let base = self.sends.as_mut_ptr();
+        let mut filled = 0;
+        let mut refused = None;
+        for (request, send) in requests.iter().zip(&mut self.sends) {
             if filled == room {
                 // Only the reason for this request; those before it are posted.
-                refused = Some(place.error(
-                    "ibv_post_send",
-                    FabricErrorKind::QueueFull {
-                        queue: "send queue",
-                        depth: lane.sent.depth(),
-                    },
-                ));
+                refused = Some(full(place, lane));
                 break;
             }
-            let gather = match self.check(place, lane, request, sges) {
-                Ok(gather) => gather,
-                Err(error) => {
-                    refused = Some(error);
-                    break;
-                }
+            let Some(gather) = limits.gather(request, sges) else {
+                refused = Some(limits.refusal(place, request, sges));
+                break;
             };
-            let Some(slots) = self.sges.get_mut(used..used + gather.len()) else {
-                break; // the next chain has room
-            };
-            for (slot, sge) in slots.iter_mut().zip(gather) {
-                *slot = sys::ibv_sge {
-                    addr: sge.address,
-                    length: sge.length,
-                    lkey: sge.key.0,
-                };
-            }
-            let list = if gather.is_empty() {
-                std::ptr::null_mut()
-            } else {
-                slots.as_mut_ptr()
-            };
-            used += gather.len();
-            let sequence = lane.sent.sequence(filled as u32);
-            if let Some(send) = self.sends.get_mut(filled) {
-                send.wr_id = WrId::Send {
-                    lane: lane.id,
-                    sequence,
-                }
-                .encode();
-                send.sg_list = list;
-                send.num_sge = gather.len() as i32;
-                send.send_flags = if request.signaled {
-                    sys::IBV_SEND_SIGNALED
-                } else {
-                    0
-                } | if request.inline {
-                    sys::IBV_SEND_INLINE
-                } else {
-                    0
-                };
-                send.opcode = match request.opcode {
-                    Opcode::Write => sys::IBV_WR_RDMA_WRITE,
-                    Opcode::WriteImm(imm) => {
-                        send.imm.imm_data = imm.to_be();
-                        sys::IBV_WR_RDMA_WRITE_WITH_IMM
-                    }
-                    Opcode::Read => sys::IBV_WR_RDMA_READ,
-                };
-                send.wr.rdma = sys::ibv_wr_rdma {
-                    remote_addr: request.remote_address,
-                    rkey: request.remote_key.0,
-                };
-            }
+            let ahead = filled as u32;
+            send.wr_id = first | u64::from(lane.sent.sequence(ahead));
             filled += 1;
-        }
-        let base = self.sends.as_mut_ptr();
-        for (index, send) in self.sends.iter_mut().enumerate().take(filled) {
-            send.next = if index + 1 == filled {
-                std::ptr::null_mut()
-            } else {
-                base.wrapping_add(index + 1)
+            send.next = base.wrapping_add(filled);
+            // An empty list is not looked at.
+            send.sg_list = gather.as_ptr().cast_mut().cast();
+            send.num_sge = gather.len() as i32;
+            send.send_flags = (u32::from(request.signaled) * sys::IBV_SEND_SIGNALED)
+                | (u32::from(request.inline) * sys::IBV_SEND_INLINE);
+            send.opcode = match request.opcode {
+                Opcode::Write => sys::IBV_WR_RDMA_WRITE,
+                Opcode::WriteImm(imm) => {
+                    send.imm.imm_data = imm.to_be();
+                    sys::IBV_WR_RDMA_WRITE_WITH_IMM
+                }
+                Opcode::Read => sys::IBV_WR_RDMA_READ,
             };
+            send.wr.rdma = sys::ibv_wr_rdma {
+                remote_addr: request.remote_address,
+                rkey: request.remote_key.0,
+            };
+            lane.sent.note(ahead, request.id);
+        }
+        if let Some(last) = filled.checked_sub(1)
+            && let Some(last) = self.sends.get_mut(last)
+        {
+            last.next = std::ptr::null_mut();
         }
         (filled, refused)
-    }
-
-    /// The gather list of `request`, if the device may see it.
-    fn check<'a>(
-        &self,
-        place: &Place,
-        lane: &Lane,
-        request: &WorkRequest,
-        sges: &'a [Sge],
-    ) -> Result<&'a [Sge], FabricError> {
-        const CALL: &str = "ibv_post_send";
-        let first = request.first_sge as usize;
-        let gather = first
-            .checked_add(request.sge_count as usize)
-            .and_then(|end| sges.get(first..end))
-            .ok_or_else(|| {
-                let what = format!(
-                    "gather elements {first}..+{} of {}",
-                    request.sge_count,
-                    sges.len()
-                );
-                place.error(CALL, FabricErrorKind::Memory(what))
-            })?;
-        let (what, most) = match request.opcode {
-            Opcode::Read => (
-                "number of scatter elements of a read",
-                lane.config.max_sge.min(self.limits.max_read_sge),
-            ),
-            _ => ("number of gather elements", lane.config.max_sge),
-        };
-        place.limit(CALL, what, u64::from(request.sge_count), u64::from(most))?;
-        let bytes: u64 = gather.iter().map(|sge| u64::from(sge.length)).sum();
-        place.limit(CALL, "message length", bytes, self.limits.max_message)?;
-        if request.inline {
-            if request.opcode == Opcode::Read {
-                return Err(place.error(
-                    CALL,
-                    FabricErrorKind::Memory("a read cannot be inline".into()),
-                ));
-            }
-            place.limit(
-                CALL,
-                "inline payload",
-                bytes,
-                u64::from(lane.config.max_inline),
-            )?;
-        }
-        Ok(gather)
     }
 
     /// Posts up to `count` empty receives to `queue` and says how many it took; fewer only with an errno.

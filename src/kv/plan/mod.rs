@@ -13,8 +13,10 @@ mod emit;
 mod error;
 #[cfg(test)]
 mod tests;
+mod translation;
 
 pub use error::{PlanError, Side};
+pub(crate) use translation::Translation;
 
 use super::{HeadRange, KvLayout};
 use compile::LayerPlan;
@@ -130,6 +132,16 @@ impl Planner {
             limits,
             layers: compile::layers(source, destination, heads, limits)?,
         })
+    }
+
+    /// Makes `out` say where the writes and runs of a plan of layer `from` lie when the same pages of layer `to` are
+    /// meant. Returns whether one is the other, moved; otherwise `out` says nothing.
+    pub(crate) fn translate(&self, from: u32, to: u32, out: &mut Translation) -> bool {
+        let layer = |layer: u32| self.layers.get(layer as usize);
+        match (layer(from), layer(to)) {
+            (Some(from), Some(to)) => out.fill(from, to),
+            _ => false,
+        }
     }
 
     /// Number of layers.

@@ -36,6 +36,8 @@ pub(crate) struct Guest {
     pub(super) cpus: u32,
     pub(super) role: Role,
     pub(super) timeout: Duration,
+    /// Whether its clock counts instructions.
+    pub(super) counted_time: bool,
     /// One stream socket per network card; its other end belongs to the peer.
     pub(super) links: Vec<OwnedFd>,
     env: Vec<(String, String)>,
@@ -78,6 +80,7 @@ impl Guest {
             cpus: 2,
             role: Role::Main,
             timeout: Duration::from_secs(600),
+            counted_time: false,
             links: Vec::new(),
             env: Vec::new(),
             setup,
@@ -107,6 +110,13 @@ impl Guest {
     /// Sets the number of processors, 2 if not called.
     pub(crate) fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Has the guest's clock count instructions instead of time, so that figures repeat whatever else this machine does.
+    /// Its processors take turns then.
+    pub(crate) fn counted_time(mut self, counted: bool) -> Self {
+        self.counted_time = counted;
         self
     }
 

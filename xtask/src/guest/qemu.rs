@@ -27,8 +27,10 @@ pub(super) fn start(machine: &Machine, guest: &Guest, dir: &Path, nonce: &str) -
         .context("writing the guest's scripts")?;
 
     // Software emulation works everywhere. KVM is much faster where it works, and a hang where it only seems to.
-    let accelerator =
-        std::env::var("KVPUSH_GUEST_ACCEL").unwrap_or_else(|_| "tcg,thread=multi".into());
+    let accelerator = match guest.counted_time {
+        true => "tcg,thread=single".to_owned(),
+        false => std::env::var("KVPUSH_GUEST_ACCEL").unwrap_or_else(|_| "tcg,thread=multi".into()),
+    };
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args([
@@ -71,6 +73,11 @@ pub(super) fn start(machine: &Machine, guest: &Guest, dir: &Path, nonce: &str) -
         "readonly=on,multidevs=remap",
     );
     share(&mut command, "out", &out, "multidevs=remap");
+
+    if guest.counted_time {
+        // One instruction is one nanosecond. Idle time passes as ever, for disks and networks are real.
+        command.args(["-icount", "shift=0"]);
+    }
 
     let links: Vec<i32> = guest.links.iter().map(AsRawFd::as_raw_fd).collect();
     for (rail, fd) in links.iter().enumerate() {

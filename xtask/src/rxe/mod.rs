@@ -17,9 +17,10 @@ Boots Debian's kernel in QEMU (emulated, so neither KVM nor an RDMA device is ne
 system read-only below a scratch layer, and runs this machine's own programs in it, at their own paths.
 
 USAGE
-    cargo xtask rxe [OPTIONS]                    the RDMA test suites in one guest, kvpush-bench between two, and the
-                                                 tests with real dmabufs in one guest with a newer kernel
+    cargo xtask rxe [OPTIONS]                    the RDMA test suites in one guest, kvpush-bench beside perftest in one,
+                                                 kvpush-bench between two, and the tests with real dmabufs in one guest with a newer kernel
     cargo xtask rxe [OPTIONS] --dmabuf           the tests with real dmabufs only
+    cargo xtask rxe [OPTIONS] --compare          kvpush-bench beside perftest only
     cargo xtask rxe [OPTIONS] --perftest         ib_write_bw instead
     cargo xtask rxe [OPTIONS] -- COMMAND ARGS…   your command instead (in every guest)
     cargo xtask rxe [OPTIONS] --shell-script F   your bash script instead (in every guest)
@@ -36,6 +37,8 @@ OPTIONS
     --timeout SECONDS    For each guest, from power-on to power-off [default: 3000]
     --memory MIB         Of each guest [default: 2048]
     --cpus N             Of each guest [default: 2]
+    --count-instructions The guests' clocks count instructions, one for a nanosecond: figures repeat, whatever else this
+                         machine does. Processors take turns, so it shows what costs how much work, not how fast it is
     --update-kernel      Ask apt for the current kernel, rather than use the one in target/rxe/kernel
     -h, --help           Show this text
 
@@ -78,8 +81,10 @@ struct Options {
     guests: Option<Guests>,
     perftest: bool,
     dmabuf: bool,
+    compare: bool,
     release: bool,
     update_kernel: bool,
+    count_instructions: bool,
     script_file: Option<PathBuf>,
     command: Option<Vec<String>>,
     timeout: Option<u64>,
@@ -108,8 +113,10 @@ impl Options {
                     });
                 }
                 "--perftest" => options.perftest = true,
+                "--compare" => options.compare = true,
                 "--dmabuf" => options.dmabuf = true,
                 "--release" => options.release = true,
+                "--count-instructions" => options.count_instructions = true,
                 "--update-kernel" => options.update_kernel = true,
                 "--shell-script" => options.script_file = Some(value()?.into()),
                 "--timeout" => {
@@ -134,8 +141,9 @@ impl Options {
         if tasks.into_iter().filter(|task| *task).count() > 1 {
             bail!("--perftest, --shell-script and a command exclude each other");
         }
-        if options.perftest && options.dmabuf {
-            bail!("--perftest and --dmabuf exclude each other");
+        let stages = [options.perftest, options.dmabuf, options.compare];
+        if stages.into_iter().filter(|stage| *stage).count() > 1 {
+            bail!("--perftest, --dmabuf and --compare exclude each other");
         }
         if options.rails == Some(0) {
             bail!("two guests are joined by at least one rail");
@@ -162,7 +170,12 @@ impl Options {
     fn configure(&self, guest: Guest) -> Guest {
         guest
             .memory_mib(self.memory_mib.unwrap_or(2048))
-            .cpus(self.cpus.unwrap_or(2))
+            // Processors that take turns would wait for each other.
+            .cpus(
+                self.cpus
+                    .unwrap_or(if self.count_instructions { 1 } else { 2 }),
+            )
+            .counted_time(self.count_instructions)
             .timeout(Duration::from_secs(self.timeout.unwrap_or(3000)))
     }
 }
@@ -195,9 +208,17 @@ pub(crate) fn main(args: &[String]) -> Result<()> {
         }
         return Ok(());
     }
+    if options.compare {
+        return stage("rxe: kvpush-bench compare in one guest", || {
+            plan::compare_in_one_guest(&options, &machine)
+        });
+    }
     if guests.one() {
         stage("rxe: test suites in one guest", || {
             plan::suites_in_one_guest(&options, &machine)
+        })?;
+        stage("rxe: kvpush-bench compare in one guest", || {
+            plan::compare_in_one_guest(&options, &machine)
         })?;
     }
     if guests.two() {
@@ -305,6 +326,7 @@ mod tests {
             "--",
             "--perftest -- ls",
             "--perftest --dmabuf",
+            "--compare --dmabuf",
             "--timeout soon",
             "--rails 0",
             "ls",

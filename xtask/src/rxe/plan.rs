@@ -56,6 +56,13 @@ const BENCH_FABRIC: &str = "--fabric verbs --ack-timeout 18";
 const BENCH_WORKLOAD: &str = "--lanes 2 --model llama-3.1-8b,deepseek-r1 --tp-prefill 4,2 --tp-decode 2,4 \
      --layers 4 --requests 2 --pages 8 --rounds 1";
 
+/// Where the comparison leaves its lines.
+const COMPARE_LINES: &str = "compare.json";
+
+/// Little, because emulation is slow; whoever wants figures calls the tool with its own sizes in a guest.
+const COMPARE_WORKLOAD: &str =
+    "--fabric verbs --ack-timeout 18 --sizes 4k,64k --moved 4m --repeat 1";
+
 fn bench_serve(bench: &str) -> String {
     format!("serve_until_stopped {bench} serve --key {BENCH_KEY} {BENCH_FABRIC}")
 }
@@ -88,6 +95,39 @@ pub(super) fn suites_in_one_guest(options: &Options, machine: &Machine) -> Resul
     }
     if !missing.is_empty() {
         bail!("missing test targets: {}", missing.join(", "));
+    }
+    Ok(())
+}
+
+/// kvpush beside perftest, in one guest. How fast either is does not matter here; that both ran, and that every byte was
+/// verified, does.
+pub(super) fn compare_in_one_guest(options: &Options, machine: &Machine) -> Result<()> {
+    let bench = artifacts::binary("kvpush-bench", options.release)?;
+    let bench = quote(&bench.path.to_string_lossy());
+    let script = format!("{bench} compare {COMPARE_WORKLOAD} --json /out/{COMPARE_LINES}");
+    let guest = options.configure(Guest::alone(script));
+    let outcomes = guest::run("compare", machine, vec![guest])?;
+    report(&outcomes)?;
+    let lines = rows_of(&outcomes, COMPARE_LINES)?;
+    let count = check_rows(&lines, &[("fabric", "verbs")])?;
+    check_compared(&lines)?;
+    println!("{count} lines, all verified and beside what perftest measured");
+    Ok(())
+}
+
+/// An error unless perftest has measured something beside each line, its latency among them.
+fn check_compared(text: &str) -> Result<()> {
+    let lines: Vec<Value> = serde_json::from_str(text).context("the lines of the comparison")?;
+    for line in &lines {
+        let positive = |value: &Value| value["median"].as_f64().is_some_and(|median| median > 0.0);
+        if !(positive(&line["theirs"]) && positive(&line["ours"]) && positive(&line["ratio"])) {
+            bail!("nothing was compared: {line}");
+        }
+    }
+    for tool in ["ib_write_bw", "ib_write_lat"] {
+        if lines.iter().all(|line| line["reference"] != tool) {
+            bail!("{tool} did not run");
+        }
     }
     Ok(())
 }
@@ -242,6 +282,27 @@ mod tests {
             kind: kind.into(),
             path: "/t/x".into(),
             package_dir: "/w".into(),
+        }
+    }
+
+    #[test]
+    fn a_comparison_without_its_reference_is_none() {
+        let figures = r#"{"median":1.5}"#;
+        let line = |tool: &str| {
+            format!(
+                r#"{{"reference":"{tool}","theirs":{figures},"ours":{figures},"ratio":{figures}}}"#
+            )
+        };
+        let good = format!("[{},{}]", line("ib_write_bw"), line("ib_write_lat"));
+        check_compared(&good).unwrap();
+        for bad in [
+            good.replace("ib_write_lat", "ib_write_bw"),
+            good.replacen(&format!("\"theirs\":{figures}"), "\"theirs\":null", 1),
+            good.replacen("1.5", "0", 1),
+            "[]".to_owned(),
+            "nonsense".to_owned(),
+        ] {
+            assert!(check_compared(&bad).is_err(), "{bad}");
         }
     }
 

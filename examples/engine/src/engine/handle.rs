@@ -9,7 +9,11 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::broadcast;
 
-use super::{Config, KvEvent, Replay, Snapshot, Stats, core::News, kv_events::KvEvents};
+use super::{
+    Config, KvEvent, Replay, Snapshot, Stats,
+    core::{Farewell, News},
+    kv_events::KvEvents,
+};
 use crate::{
     model::{Model, ModelConfig},
     request::{Leg, Request, RequestError},
@@ -358,7 +362,7 @@ impl Shared {
                 ..news.stats
             };
         }
-        // Last: who sees that it is drained sees the statistics of that.
+        // After the statistics: who sees that it is drained sees those of that.
         let mut inbox = self.inbox.lock();
         for id in &news.ended {
             inbox.known.remove(id);
@@ -366,6 +370,8 @@ impl Shared {
         inbox.waiting = inbox.waiting.saturating_sub(news.left_queue);
         inbox.closing = news.closing;
         inbox.retry_after = news.retry_after;
+        drop(inbox);
+        news.farewells.into_iter().for_each(Farewell::send);
     }
 
     /// The engine thread ends.

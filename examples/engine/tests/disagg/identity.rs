@@ -111,6 +111,23 @@ fn at_once(weights: Weights, fabric: FabricKind) {
     pair.decode.is_idle();
 }
 
+/// In a guest: `cargo xtask rxe`.
+mod verbs {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn fake() {
+        same(Weights::Fake, FabricKind::Verbs, 2, 512);
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn with_prefixes() {
+        prefixes(Weights::Fake, FabricKind::Verbs);
+    }
+}
+
 #[test]
 fn tiny_in_f32() {
     same(Weights::Tiny(WeightMode::F32), FabricKind::Tcp, 1, 512);

@@ -4,10 +4,10 @@ use std::{cell::RefCell, rc::Rc, time::Duration};
 
 use super::{
     recovery::{Pair, config},
-    world::World,
+    world::{Random, World},
 };
 use crate::{
-    endpoint::{PeerError, PushError},
+    endpoint::{PeerError, PushError, config::Config},
     fabric::Status,
     wire::{
         LaneDown, LaneFenced, LaneLost, LaneRefusal, LaneRefused, LaneRenew, LaneRenewed, Message,
@@ -250,4 +250,74 @@ fn a_rail_of_another_speed_gets_its_share() {
     let loads: Vec<u64> = session.lanes.iter().map(|lane| lane.load).collect();
     assert!(loads[0].abs_diff(loads[1]) <= 1000 && loads[2].abs_diff(loads[3]) <= 1000);
     session.lanes.iter_mut().for_each(|lane| lane.load = 0);
+}
+
+/// Whatever waits on the lanes, and however fast their rails are, a block goes where it is done first.
+#[test]
+fn a_block_goes_to_the_lane_with_the_least_before_it() {
+    let config = Config {
+        lanes_per_rail: 3,
+        ..config()
+    };
+    let mut pair = Pair::new(9, [3, 3], &config);
+    let (_arrival, _push) = pair.open();
+    let core = &mut pair.world.nodes[0].core;
+    let session = core.sessions.values_mut().next().unwrap();
+    assert_eq!(session.lanes.len(), 9);
+    let mut random = Random::new(0x10ad);
+    for round in 0..2000 {
+        // Rails of one speed, of several, and of one that is unknown, which makes all alike.
+        let speeds: [u64; 3] = match round % 3 {
+            0 => [100; 3],
+            1 => [100, 200, 400],
+            _ => [100, 0, 400],
+        };
+        for lane in &mut session.lanes {
+            lane.speed = speeds[lane.rail];
+            lane.load = random.below(4) * (64 << 10);
+        }
+        let bytes = 1 + random.below(1 << 20);
+        let chosen = session.choose(&core.rails, crate::protocol::Time(0), bytes, |_| Some(0));
+        let chosen = &session.lanes[usize::from(chosen)];
+        let waiting = |rail: usize| -> u64 {
+            let lanes = session.lanes.iter().filter(|lane| lane.rail == rail);
+            lanes.map(|lane| lane.load).sum()
+        };
+        // When the rail would be done: compared as fractions, so without rounding.
+        let known = speeds.iter().all(|&speed| speed > 0);
+        let work = |rail: usize| u128::from(waiting(rail) + bytes);
+        let speed = |rail: usize| u128::from(if known { speeds[rail] } else { 1 });
+        for rail in 0..3 {
+            let sooner = work(rail) * speed(chosen.rail) < work(chosen.rail) * speed(rail);
+            assert!(!sooner, "rail {rail} would be done before {}", chosen.rail);
+        }
+        let mut beside = session.lanes.iter().filter(|lane| lane.rail == chosen.rail);
+        assert!(beside.all(|lane| lane.load >= chosen.load));
+    }
+    session.lanes.iter_mut().for_each(|lane| lane.load = 0);
+}
+
+/// Blocks of a push leave a lane alone on which much waits already, and what is done waits no more.
+#[test]
+fn a_push_goes_round_a_lane_with_a_backlog() {
+    const BACKLOG: u64 = 1 << 40;
+    let mut pair = Pair::new(10, [1, 1], &config());
+    let (arrival, push) = pair.open();
+    fn lanes(pair: &mut Pair) -> &mut Vec<super::super::session::Lane> {
+        let core = &mut pair.world.nodes[0].core;
+        &mut core.sessions.values_mut().next().unwrap().lanes
+    }
+    assert_eq!(lanes(&mut pair).len(), 2);
+    lanes(&mut pair)[0].load = BACKLOG;
+    pair.push_all(&push);
+    pair.run(100);
+    pair.assert_complete(&arrival, &push);
+    let loads: Vec<u64> = lanes(&mut pair).iter().map(|lane| lane.load).collect();
+    assert_eq!(loads, [BACKLOG, 0]);
+    let posted: Vec<u64> = lanes(&mut pair)
+        .iter()
+        .map(|lane| lane.ledger.next_sequence())
+        .collect();
+    assert_eq!(posted[0], 0, "{posted:?}");
+    assert!(posted[1] > 0, "{posted:?}");
 }

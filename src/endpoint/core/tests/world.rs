@@ -482,6 +482,7 @@ impl Node {
             devices,
             tails,
             registry: Arc::new(Registry::default()),
+            plans: Arc::default(),
             staging: Mutex::default(),
             closed: AtomicBool::new(false),
             drain: DrainShared::new(),

@@ -219,3 +219,74 @@ fn a_plan_too_large_to_number_is_refused() {
     );
     assert_eq!(plan, Plan::default());
 }
+
+/// Every layer of engines' pools is another one moved, however the layers are stacked and sharded.
+#[test]
+fn layers_of_pools_are_translations_of_each_other() {
+    let heads = HeadRange::new(0, 4);
+    let shape = KvShape {
+        layers: 5,
+        ..shape(heads)
+    };
+    let half = KvShape {
+        heads: HeadRange::new(0, 2),
+        ..shape
+    };
+    for stacking in [
+        Stacking::RegionPerLayer,
+        Stacking::LayerMajor,
+        Stacking::PageMajor,
+    ] {
+        for arrangement in [
+            Arrangement::Interleaved,
+            Arrangement::KeysThenValues,
+            Arrangement::Separate,
+        ] {
+            for order in [HeadOrder::TokenMajor, HeadOrder::HeadMajor] {
+                let pool = |shape: &KvShape, pages| {
+                    let layout = shape.layout(pages, arrangement, order, stacking);
+                    layout.unwrap()
+                };
+                let planner =
+                    Planner::new(&pool(&half, 9), &pool(&shape, 20), half.heads, WIDE).unwrap();
+                let (from, to) = ([0, 1, 2, 8, 4], [3, 4, 5, 19, 2]);
+                let plan = |layer| {
+                    let mut plan = Plan::default();
+                    planner.plan(layer, &from, &to, &mut plan).unwrap();
+                    plan
+                };
+                let mut translation = Translation::default();
+                for (a, b) in (0..5).flat_map(|a| (0..5).map(move |b| (a, b))) {
+                    assert!(planner.translate(a, b, &mut translation), "{a} to {b}");
+                    assert_eq!(plan(a).translated(&translation), plan(b), "{a} to {b}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn layers_of_another_geometry_are_not_translated() {
+    let heads = HeadRange::new(0, 4);
+    let pool = shape(heads).sglang(6).unwrap();
+    let changed = |change: &dyn Fn(&mut KvLayout)| {
+        let mut other = pool.clone();
+        change(&mut other);
+        let planner = Planner::new(&other, &pool, heads, WIDE).unwrap();
+        let mut translation = Translation::default();
+        let is = planner.translate(0, 1, &mut translation);
+        assert!(is || translation == Translation::default());
+        (is, planner.translate(0, 2, &mut translation))
+    };
+    assert_eq!(changed(&|_| ()), (true, false), "there is no layer 2");
+    // Keys in the region of the values, so that two regions have become one.
+    let merged = |other: &mut KvLayout| {
+        let region = other.layers[1].planes[1].region;
+        let beyond = 6 * other.layers[1].planes[1].page_stride;
+        let keys = &mut other.layers[1].planes[0];
+        (keys.region, keys.offset) = (region, beyond);
+    };
+    assert!(!changed(&merged).0);
+    let wider = |other: &mut KvLayout| other.layers[1].planes[0].page_stride *= 2;
+    assert!(!changed(&wider).0);
+}

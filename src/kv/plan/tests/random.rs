@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::checker::{Case, check_merged};
-use crate::kv::plan::{Plan, PlanLimits};
+use crate::kv::plan::{Plan, PlanLimits, Planner, Translation};
 use crate::kv::testing::{Memory, Model, memory, model};
 
 prop_compose! {
@@ -88,6 +88,22 @@ proptest! {
         // One page whose bytes come before those of the next: no order of its pieces is better.
         if case.destination_pages.len() == 1 && (to.order[2] == 2 || to.pages == 1) {
             prop_assert_eq!(plan.writes.len(), case.fewest());
+        }
+    }
+
+    /// Where a layer is another one moved, the moved plan is the plan.
+    #[test]
+    fn a_translated_plan_is_the_plan((mut case, _) in case(), other in any::<prop::sample::Index>()) {
+        let plan = case.plan();
+        let other = other.index(case.source.layers.len()) as u32;
+        let planner =
+            Planner::new(&case.source, &case.destination, case.heads, case.limits).unwrap();
+        let mut translation = Translation::default();
+        if planner.translate(case.layer, other, &mut translation) {
+            case.layer = other;
+            prop_assert_eq!(plan.translated(&translation), case.plan());
+        } else {
+            prop_assert_ne!(case.layer, other);
         }
     }
 

@@ -25,8 +25,8 @@ pub(super) enum Admission {
 /// What the prefix cache has for a job, and what it lacks.
 #[derive(Default)]
 struct Needs {
-    /// For each sequence.
-    hits: Vec<usize>,
+    /// Blocks found for the first sequence that goes on. Others share its prompt later.
+    hits: usize,
     /// Blocks that would be taken out of those available.
     blocks: usize,
 }
@@ -34,14 +34,22 @@ struct Needs {
 impl Core {
     pub(super) fn admit(&mut self, number: RequestNumber, now: Instant) -> Admission {
         let needs = self.needs(number);
-        let is_busy = !self.running.is_empty();
+        let counts = self.pool.counts();
+        if needs.blocks > counts.total - counts.lost {
+            // It would have fitted when it came.
+            let error = RequestError::Busy {
+                what: "too many blocks have been lost",
+                retry_after: self.config.transfer_timeout,
+            };
+            self.fail(number, error);
+            return Admission::Elsewhere;
+        }
         // Each sequence that runs may soon need a block: what is taken now would be taken back then.
         let running: usize = self.running.iter().map(|n| self.width(*n)).sum();
         let width = self.width(number);
         let arriving = self.jobs.values().filter(|j| j.phase == Phase::Arriving);
         let active = running + arriving.map(Job::width).sum::<usize>();
-        let headroom = if is_busy { running } else { 0 };
-        if needs.blocks + headroom > self.pool.counts().available()
+        if needs.blocks + running > counts.available()
             || active > 0 && active + width > self.config.max_running
         {
             return Admission::NoRoom;
@@ -80,21 +88,25 @@ impl Core {
             return needs;
         };
         let may_hit = self.config.prefix_cache && job.prompt_logprobs.is_none();
-        for sequence in &mut job.sequences {
+        let (leader, shared) = (job.leader(), job.prompt / block_tokens);
+        for (index, sequence) in job.sequences.iter_mut().enumerate() {
+            let blocks = sequence.tokens.len().div_ceil(block_tokens);
             if sequence.is_finished {
-                needs.hits.push(0);
                 continue;
             }
-            let (mut hits, mut cached) = (0, 0);
+            if index != leader {
+                needs.blocks += blocks - shared;
+                continue;
+            }
+            let mut cached = 0;
             if may_hit {
                 self.hashing
                     .extend(&job.root, &sequence.tokens, &mut sequence.names);
                 // The last token is computed in any case: its logits are needed.
                 let most = (sequence.tokens.len() - 1) / block_tokens;
-                (hits, cached) = self.pool.peek(&sequence.names[..most]);
+                (needs.hits, cached) = self.pool.peek(&sequence.names[..most]);
             }
-            needs.hits.push(hits);
-            needs.blocks += sequence.tokens.len().div_ceil(block_tokens) - hits + cached;
+            needs.blocks += blocks - needs.hits + cached;
         }
         needs
     }
@@ -105,25 +117,25 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&number) else {
             return;
         };
-        let is_fixed = !job.is_preemptible();
-        for (sequence, &hits) in job.sequences.iter_mut().zip(&needs.hits) {
-            let found = sequence.names[..hits].iter();
-            sequence.blocks = found.map_while(|name| self.pool.find(name)).collect();
-            sequence.published = sequence.blocks.len();
-            sequence.computed = sequence.blocks.len() * block_tokens;
-            while is_fixed && sequence.blocks.len() * block_tokens < sequence.tokens.len() {
-                // There are enough: that was seen before.
-                let Some(block) = self.pool.allocate() else {
-                    break;
-                };
-                sequence.blocks.push(block);
-            }
+        let (is_fixed, leader) = (!job.is_preemptible(), job.leader());
+        let Some(sequence) = job.sequences.get_mut(leader) else {
+            return;
+        };
+        let found = sequence.names[..needs.hits].iter();
+        sequence.blocks = found.map_while(|name| self.pool.find(name)).collect();
+        sequence.published = sequence.blocks.len();
+        sequence.computed = sequence.blocks.len() * block_tokens;
+        let found = sequence.computed;
+        while is_fixed && sequence.blocks.len() * block_tokens < sequence.tokens.len() {
+            // There are enough: that was seen before.
+            let Some(block) = self.pool.allocate() else {
+                break;
+            };
+            sequence.blocks.push(block);
         }
-        let found: usize = job.sequences.iter().map(|s| s.computed).sum();
         let found_of_prompt = found.min(job.prompt);
         if std::mem::replace(&mut job.is_counted, true) {
-            self.stats.preempted_tokens += job.given_up.saturating_sub(found) as u64;
-            job.given_up = 0;
+            // It was preempted.
         } else if matches!(job.role, Role::Recompute) {
             job.usage.cached_tokens = found_of_prompt;
             job.usage.recomputed_tokens = job.prompt - found_of_prompt;

@@ -131,6 +131,8 @@ impl Core {
             return;
         };
         if let Some(sequence) = job.sequences.get_mut(row.sequence) {
+            let again = sequence.had.min(sequence.computed + row.tokens);
+            self.stats.preempted_tokens += again.saturating_sub(sequence.computed) as u64;
             sequence.computed += row.tokens;
         }
         self.publish(row.number, row.sequence);

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use super::{
-    Core,
+    Core, Farewell,
     job::{Job, Phase},
 };
 use crate::{
@@ -53,7 +53,8 @@ impl Core {
             RequestError::Aborted => self.stats.aborted += 1,
             _ => self.stats.failed += 1,
         }
-        job.tell(Event::Failed(error));
+        let (events, event) = (job.events.clone(), Event::Failed(error));
+        self.farewells.push(Farewell { events, event });
         self.close(number);
     }
 
@@ -61,7 +62,8 @@ impl Core {
     pub(super) fn succeed(&mut self, number: RequestNumber) {
         if let Some(job) = self.jobs.get(&number) {
             self.stats.succeeded += 1;
-            job.tell(Event::Done(job.usage));
+            let (events, event) = (job.events.clone(), Event::Done(job.usage));
+            self.farewells.push(Farewell { events, event });
             self.close(number);
         }
     }

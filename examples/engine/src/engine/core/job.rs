@@ -40,8 +40,6 @@ pub(super) struct Job {
     pub(super) was_admitted: bool,
     /// Whether its prompt has been counted; a decode leg's is counted again when it is computed here after all.
     pub(super) is_counted: bool,
-    /// Tokens whose keys and values were given up in a preemption.
-    pub(super) given_up: usize,
     /// As far as they are known; nothing if not asked for, or told.
     pub(super) prompt_logprobs: Option<Vec<Token>>,
 }
@@ -108,6 +106,8 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<TokenId>,
     /// Of these, how many have keys and values.
     pub(super) computed: usize,
+    /// How many had before a preemption.
+    pub(super) had: usize,
     /// They cover at least what is computed.
     pub(super) blocks: Vec<BlockId>,
     /// Names of full blocks, as far as they were needed.
@@ -124,6 +124,7 @@ impl Sequence {
             history: History::new(&prompt),
             tokens: prompt,
             computed: 0,
+            had: 0,
             blocks: Vec::new(),
             names: Vec::new(),
             published: 0,
@@ -157,6 +158,16 @@ impl Job {
             Role::Prefill(_) => 1,
             _ => self.params.n,
         }
+    }
+
+    /// The sequence whose blocks of the prompt others share after a preemption.
+    pub(super) fn leader(&self) -> usize {
+        let is_live = |sequence: &Sequence| !sequence.is_finished;
+        let has_begun = |sequence: &Sequence| is_live(sequence) && sequence.computed > 0;
+        let begun = self.sequences.iter().position(has_begun);
+        begun
+            .or_else(|| self.sequences.iter().position(is_live))
+            .unwrap_or(0)
     }
 
     /// Whether nobody listens any more, and that is a reason to stop.

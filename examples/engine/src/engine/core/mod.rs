@@ -21,6 +21,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::mpsc;
+
 use self::job::{Job, Phase, Push, Role, Sequence};
 use super::{
     Config, Stats,
@@ -31,7 +33,7 @@ use super::{
 };
 use crate::{
     model::Model,
-    request::{Leg, Request, RequestError},
+    request::{Event, Leg, Request, RequestError},
     transfer::{RequestNumber, Ticket, Transfers},
 };
 
@@ -60,6 +62,21 @@ pub(super) struct Core {
     /// For the handles, since they were last told.
     left_queue: usize,
     ended: Vec<String>,
+    farewells: Vec<Farewell>,
+}
+
+/// The last event of a request. It is sent when handles know that the request has ended, so that who hears it may use
+/// the request's id again.
+pub(super) struct Farewell {
+    events: mpsc::UnboundedSender<Event>,
+    event: Event,
+}
+
+impl Farewell {
+    pub(super) fn send(self) {
+        // Nobody may listen any more.
+        let _ = self.events.send(self.event);
+    }
 }
 
 /// What handles are to know after a step.
@@ -68,6 +85,7 @@ pub(super) struct News {
     pub(super) stats: Stats,
     pub(super) left_queue: usize,
     pub(super) ended: Vec<String>,
+    pub(super) farewells: Vec<Farewell>,
     /// Transfers of requests that have ended.
     pub(super) closing: usize,
     pub(super) retry_after: Duration,
@@ -96,6 +114,7 @@ impl Core {
             last_admission: None,
             left_queue: 0,
             ended: Vec::new(),
+            farewells: Vec::new(),
         }
     }
 
@@ -165,7 +184,6 @@ impl Core {
             usage: crate::request::Usage::default(),
             was_admitted: false,
             is_counted: false,
-            given_up: 0,
             prompt_logprobs: wants_prompt.then(Vec::new),
         };
         tracing::debug!(id = job.id, number, prompt = job.prompt, "request");
@@ -202,6 +220,21 @@ impl Core {
         }
     }
 
+    /// Ends everything for its clients only: the rest can no longer be relied on.
+    pub(super) fn abandon(&mut self) -> Vec<Farewell> {
+        let jobs = self.jobs.values();
+        let left = jobs
+            .filter(|job| job.phase != Phase::Closing)
+            .map(|job| Farewell {
+                events: job.events.clone(),
+                event: Event::Failed(RequestError::Internal("the engine has failed".to_owned())),
+            });
+        std::mem::take(&mut self.farewells)
+            .into_iter()
+            .chain(left)
+            .collect()
+    }
+
     /// Whether nothing is under way, not even a transfer of a request that has ended.
     pub(super) fn is_idle(&self) -> bool {
         self.jobs.is_empty()
@@ -228,6 +261,7 @@ impl Core {
             stats,
             left_queue: std::mem::take(&mut self.left_queue),
             ended: std::mem::take(&mut self.ended),
+            farewells: std::mem::take(&mut self.farewells),
             closing,
             retry_after: self
                 .pace

@@ -82,7 +82,14 @@ impl Core {
             if job.phase != Phase::Running {
                 return;
             }
-            if it.is_finished || (it.remaining() > 1) != is_chunk {
+            if it.is_finished || !self.follow(number, sequence) {
+                continue;
+            }
+            let Some(job) = self.jobs.get(&number) else {
+                return;
+            };
+            let it = &job.sequences[sequence];
+            if (it.remaining() > 1) != is_chunk {
                 continue;
             }
             let most = self.most_tokens(job).min(batch.budget);
@@ -99,6 +106,30 @@ impl Core {
                 });
             }
         }
+    }
+
+    /// After a preemption one sequence computes the prompt again, and the others wait until they can share its full
+    /// blocks: so a request never needs more blocks than it was admitted for. Says whether the sequence may go on.
+    fn follow(&mut self, number: RequestNumber, sequence: usize) -> bool {
+        let block_tokens = self.block_tokens();
+        let Some(job) = self.jobs.get_mut(&number) else {
+            return false;
+        };
+        let leader = job.leader();
+        let shared = job.prompt / block_tokens;
+        if sequence == leader || !job.sequences[sequence].blocks.is_empty() {
+            return true;
+        }
+        if job.sequences[leader].computed < shared * block_tokens {
+            return false;
+        }
+        let blocks = job.sequences[leader].blocks[..shared].to_vec();
+        blocks.iter().for_each(|&block| self.pool.share(block));
+        let it = &mut job.sequences[sequence];
+        it.blocks = blocks;
+        it.computed = shared * block_tokens;
+        it.published = shared;
+        true
     }
 
     fn most_tokens(&self, job: &Job) -> usize {
@@ -178,7 +209,7 @@ impl Core {
         };
         tracing::debug!(id = job.id, "preempted");
         for sequence in job.sequences.iter_mut().filter(|s| !s.is_finished) {
-            job.given_up += sequence.computed;
+            sequence.had = sequence.had.max(sequence.computed);
             self.pool.release_all(sequence.blocks.drain(..));
             sequence.computed = 0;
             sequence.published = 0;

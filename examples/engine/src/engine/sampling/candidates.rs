@@ -47,8 +47,9 @@ pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
     f64::from(greatest) + sum.ln()
 }
 
+/// In single precision, which is faster; sums are in double precision.
 fn weight(logit: f32, greatest: f32) -> f64 {
-    (f64::from(logit) - f64::from(greatest)).exp()
+    f64::from((logit - greatest).exp())
 }
 
 /// Tokens that may be chosen.

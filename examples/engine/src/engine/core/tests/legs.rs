@@ -447,3 +447,63 @@ fn the_first_token_may_be_the_last() {
     assert_eq!(usage(&rig, there).completion_tokens, 1);
     rig.assert_returned(1, 0);
 }
+
+#[test]
+fn a_prefill_leg_keeps_its_blocks_when_others_need_some() {
+    let config = Config {
+        max_batch_tokens: 2,
+        ..config()
+    };
+    let mut rig = Rig::new(&[10, 24], &config);
+    let older = rig.submit(0, Leg::Both, &prompt(1, 8), ignoring(24));
+    for _ in 0..5 {
+        rig.step(0);
+    }
+    let (tokens, params) = (prompt(7, 24), ignoring(3));
+    let (there, ticket) = reserved(&mut rig, &tokens, &params, OnFailure::Fail);
+    let here = rig.submit(0, Leg::Prefill { ticket }, &tokens, params);
+    while rig.ids(here, 0).is_empty() {
+        rig.step(0);
+        assert!(rig.stats[0].blocks.used >= 6);
+    }
+    assert!(
+        rig.stats[0].preemptions > 0,
+        "the older one had to give way"
+    );
+    rig.settle();
+    for client in [older, here, there] {
+        rig.clients[client].assert_right();
+    }
+    assert_eq!(rig.ids(older, 0).len(), 24);
+    rig.assert_returned(0, 0);
+}
+
+#[test]
+fn an_outcome_that_was_on_its_way_when_the_client_went_returns_the_blocks() {
+    let mut rig = pair();
+    let (tokens, params) = (prompt(7, 10), ignoring(4));
+    let (there, ticket) = reserved(&mut rig, &tokens, &params, OnFailure::Fail);
+    let here = rig.submit(0, Leg::Prefill { ticket }, &tokens, params);
+    while rig.step(0) {}
+    // Everything has arrived, and neither side has looked.
+    rig.network.lock().tick(usize::MAX);
+    rig.abort(here);
+    rig.abort(there);
+    rig.settle();
+    assert_eq!(error(&rig, there), RequestError::Aborted);
+    rig.assert_returned(0, 0);
+    rig.assert_returned(1, 0);
+}
+
+#[test]
+fn who_does_not_fit_any_more_is_told() {
+    let mut rig = Rig::new(&[24, 8], &config());
+    let (there, _) = reserved(&mut rig, &prompt(7, 16), &greedy(1), OnFailure::Fail);
+    let other = rig.submit(1, Leg::Both, &prompt(1, 20), greedy(1));
+    rig.step(1);
+    rig.network.lock().fail(1, Failure::UnfencedArrival);
+    rig.settle();
+    assert!(matches!(error(&rig, there), RequestError::Transfer { .. }));
+    assert!(matches!(error(&rig, other), RequestError::Busy { .. }));
+    rig.assert_returned(1, 4);
+}

@@ -13,7 +13,7 @@ use super::network::{End, Network};
 use crate::{
     engine::{
         BlockHash, Config, KvChange, Stats,
-        core::Core,
+        core::{Core, Farewell},
         fake::{self, FakeModel, Shape},
         handle::Command,
         sampling::{History, Sampler},
@@ -44,6 +44,7 @@ pub(super) struct Client {
     pub(super) prompt: Vec<TokenId>,
     pub(super) params: SamplingParams,
     pub(super) is_prefill: bool,
+    pub(super) is_decode: bool,
     pub(super) heard: Heard,
     events: Option<mpsc::UnboundedReceiver<Event>>,
 }
@@ -153,6 +154,7 @@ impl Rig {
             side,
             prompt: prompt.to_vec(),
             params: params.clone(),
+            is_decode: matches!(leg, Leg::Decode { .. }),
             is_prefill: matches!(leg, Leg::Prefill { .. } | Leg::PrefillHeld),
             heard: Heard::default(),
             events: Some(receiver),
@@ -199,10 +201,11 @@ impl Rig {
 
     /// Notes what has come, and checks the core.
     fn look(&mut self, side: usize) {
+        let news = self.cores[side].news();
+        news.farewells.into_iter().for_each(Farewell::send);
         for client in &mut self.clients {
             client.listen();
         }
-        let news = self.cores[side].news();
         let mirror = &mut self.mirrors[side];
         for change in news.changes {
             match change {

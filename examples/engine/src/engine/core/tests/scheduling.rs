@@ -163,8 +163,12 @@ fn the_last_to_come_is_preempted_and_gives_the_same_tokens() {
     };
     let first = rig.submit(0, Leg::Both, &prompt(1, 8), params.clone());
     let second = rig.submit(0, Leg::Both, &prompt(2, 8), params);
-    rig.settle();
+    for tokens in 1..=16 {
+        rig.step(0);
+        assert_eq!(rig.ids(first, 0).len(), tokens, "the first goes on");
+    }
     assert!(rig.stats[0].preemptions > 0);
+    rig.settle();
     let length = |client| rig.heard(client).finished.get(&0).copied();
     assert_eq!(length(first), Some(FinishReason::Length));
     assert_eq!(length(second), Some(FinishReason::Length));
@@ -292,5 +296,92 @@ fn log_probabilities_of_prompt_and_tokens() {
         let first = &rig.heard(client).tokens[&0][0];
         assert_eq!(first.top.len(), 3);
         assert_eq!(first.logprob, Some(first.top[0].1));
+    }
+}
+
+#[test]
+fn nobody_is_admitted_to_blocks_that_others_will_need_at_once() {
+    let mut rig = Rig::new(&[7], &config());
+    let params = SamplingParams {
+        ignore_eos: true,
+        ..greedy(4)
+    };
+    let first = rig.submit(0, Leg::Both, &prompt(1, 8), params.clone());
+    rig.step(0);
+    rig.step(0);
+    // Three blocks are used. Four are free, which the second needs: but the first may need one more.
+    let second = rig.submit(0, Leg::Both, &prompt(2, 16), params);
+    rig.step(0);
+    assert_eq!((rig.stats[0].running, rig.stats[0].waiting), (1, 1));
+    rig.settle();
+    assert_eq!(rig.stats[0].preemptions, 0);
+    rig.clients[first].assert_right();
+    rig.clients[second].assert_right();
+}
+
+#[test]
+fn a_preempted_prompt_tells_its_log_probabilities_once() {
+    let slow = Config {
+        max_batch_tokens: 2,
+        ..config()
+    };
+    let mut rig = Rig::new(&[9], &slow);
+    let params = SamplingParams {
+        ignore_eos: true,
+        ..greedy(24)
+    };
+    rig.submit(0, Leg::Both, &prompt(1, 8), params);
+    for _ in 0..5 {
+        rig.step(0);
+    }
+    let tokens = prompt(2, 16);
+    let params = SamplingParams {
+        prompt_logprobs: Some(0),
+        ..greedy(1)
+    };
+    let client = rig.submit(0, Leg::Both, &tokens, params);
+    while rig.stats[0].preemptions == 0 {
+        rig.step(0);
+    }
+    assert!(
+        rig.ids(client, 0).is_empty(),
+        "it was preempted within its prompt"
+    );
+    rig.settle();
+    let found = rig.heard(client).prompt_logprobs.clone();
+    let ids: Vec<_> = found.expect("asked for").iter().map(|t| t.id).collect();
+    assert_eq!(ids, tokens[1..]);
+}
+
+#[test]
+fn completions_that_were_preempted_share_the_prompt_again() {
+    for prefix_cache in [true, false] {
+        let config = Config {
+            prefix_cache,
+            ..config()
+        };
+        // The completions need 6 blocks together and 2 each: all there are.
+        let mut rig = Rig::new(&[12], &config);
+        let ignoring = |max_tokens, n| SamplingParams {
+            n,
+            ignore_eos: true,
+            seed: Some(5),
+            max_tokens,
+            ..SamplingParams::default()
+        };
+        let older = rig.submit(0, Leg::Both, &prompt(1, 4), ignoring(12, 1));
+        let client = rig.submit(0, Leg::Both, &prompt(3, 24), ignoring(8, 3));
+        rig.settle();
+        // Each time the prompt once, and the few tokens that each completion had.
+        let stats = rig.stats[0];
+        assert!(stats.preemptions > 0 && stats.preempted_tokens > 0);
+        let most = stats.preemptions * (24 + 3 * 3);
+        assert!(stats.preempted_tokens <= most, "{stats:?}");
+        rig.clients[older].assert_right();
+        rig.clients[client].assert_right();
+        for index in 0..3 {
+            assert_eq!(rig.ids(client, index).len(), 8);
+        }
+        rig.assert_returned(0, 0);
     }
 }
