@@ -14,6 +14,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve::run(&args),
         Command::Info(args) => cli::info::run(&args),
         Command::Fetch => cli::fetch::run(),
+        Command::Demo(args) => cli::demo::run(args),
         // An engine of the demo, in a process of its own.
         Command::Worker { arguments } => kvpush_engine::demo::worker::run(&arguments)
             .map(|()| ExitCode::SUCCESS)

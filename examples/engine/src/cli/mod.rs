@@ -1,5 +1,6 @@
 //! What can be said on the command line. Doc comments here are the help texts.
 
+pub(crate) mod demo;
 pub(crate) mod fetch;
 pub(crate) mod info;
 pub(crate) mod logs;
@@ -20,6 +21,7 @@ pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 const EXAMPLES: &str = "\
 Examples:
+  kvpush-engine demo                                     prefill and decode as two processes, and a chat
   kvpush-engine serve                                    a tiny built-in model at http://127.0.0.1:8000
   kvpush-engine fetch                                    SmolLM2-135M-Instruct, verified by its sha256
   kvpush-engine serve --model smollm2 -tp 3              ... over three tensor parallel ranks
@@ -51,6 +53,8 @@ pub(crate) enum Command {
     Info(Box<ModelArgs>),
     /// Download the model of the examples, SmolLM2-135M-Instruct (98 MB), and verify it
     Fetch,
+    /// Show it: a prefill and a decode engine as two processes, a chat between them, and what was pushed
+    Demo(demo::DemoArgs),
     /// An engine of the demo; started by the demo itself
     #[command(hide = true)]
     Worker {

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     engine::{Config, fake},
-    model::{Model, ModelError},
+    model::{LoadOptions, Memory, Model, ModelError, Source, load},
     request::{self, Event, OnFailure, Request, SamplingParams},
     runtime::{Link, Role, Runtime},
 };
@@ -35,7 +35,7 @@ pub struct Options {
     pub role: Role,
     /// Its ranks.
     pub tp: u32,
-    /// The model: [`FAKE`].
+    /// The model: [`FAKE`], or as [`Source::of`] takes it.
     pub model: String,
     /// Fabrics; all if empty.
     pub fabrics: Vec<FabricKind>,
@@ -143,8 +143,12 @@ impl Options {
             };
             return Ok(Box::new(fake::FakeModel::new(shape)?));
         }
-        let name = &self.model;
-        Err(ModelError::Batch(format!("there is no model {name:?}")))
+        load(&LoadOptions {
+            source: Source::of(&self.model),
+            tp: self.tp,
+            memory: Memory::Blocks(self.blocks),
+            ..LoadOptions::default()
+        })
     }
 }
 

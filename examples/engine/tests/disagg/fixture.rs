@@ -9,7 +9,7 @@ use std::{
 use kvpush::{Endpoint, fabric::FabricKind};
 use kvpush_engine::{
     engine::{Config, Engine, Handle, Stats, fake},
-    model::{KvShard, Model},
+    model::{BuiltIn, KvShard, LoadOptions, Memory, Model, Source, WeightMode, load},
     request::{
         BlockId, Event, FinishReason, Leg, OnFailure, Request, RequestError, SamplingParams,
         TokenId, Usage,
@@ -31,14 +31,32 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) enum Weights {
     /// No arithmetic: logits are a hash of every byte of keys and values.
     Fake,
+    /// The built-in model.
+    Tiny(WeightMode),
+    /// The built-in model for one and three ranks.
+    TinyThree(WeightMode),
 }
 
 impl Weights {
     pub(crate) fn load(self, tp: u32) -> Box<dyn Model> {
         match self {
             Self::Fake => Box::new(fake_model(tp, Duration::ZERO)),
+            Self::Tiny(weights) => tiny(BuiltIn::Tiny, weights, tp),
+            Self::TinyThree(weights) => tiny(BuiltIn::TinyThree, weights, tp),
         }
     }
+}
+
+fn tiny(which: BuiltIn, weights: WeightMode, tp: u32) -> Box<dyn Model> {
+    let options = LoadOptions {
+        source: Source::BuiltIn(which),
+        tp,
+        memory: Memory::Blocks(64),
+        weights,
+        threads: 1,
+        ..LoadOptions::default()
+    };
+    load(&options).unwrap()
 }
 
 pub(crate) fn fake_model(tp: u32, layer_time: Duration) -> fake::FakeModel {

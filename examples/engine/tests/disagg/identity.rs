@@ -1,6 +1,7 @@
 //! At equal ranks, two engines give the logits of one, bit by bit.
 
 use kvpush::fabric::FabricKind;
+use kvpush_engine::model::WeightMode;
 
 use super::fixture::{Ask, Node, Pair, Weights, block_bytes};
 
@@ -110,6 +111,34 @@ fn at_once(weights: Weights, fabric: FabricKind) {
     pair.decode.is_idle();
 }
 
+#[test]
+fn tiny_in_f32() {
+    same(Weights::Tiny(WeightMode::F32), FabricKind::Tcp, 1, 512);
+    same(Weights::Tiny(WeightMode::F32), FabricKind::Shm, 2, 24);
+}
+
+#[test]
+fn tiny_in_q8_0() {
+    same(Weights::Tiny(WeightMode::Q8_0), FabricKind::Shm, 1, 512);
+    same(Weights::Tiny(WeightMode::Q8_0), FabricKind::Tcp, 4, 24);
+}
+
+#[test]
+fn three_ranks() {
+    same(Weights::TinyThree(WeightMode::F32), FabricKind::Tcp, 3, 512);
+}
+
+#[test]
+fn tiny_with_prefixes() {
+    prefixes(Weights::Tiny(WeightMode::F32), FabricKind::Tcp);
+    prefixes(Weights::Tiny(WeightMode::Q8_0), FabricKind::Shm);
+}
+
+#[test]
+fn tiny_at_once() {
+    at_once(Weights::Tiny(WeightMode::F32), FabricKind::Shm);
+}
+
 /// In a guest: `cargo xtask rxe`.
 mod verbs {
     use super::*;
@@ -122,8 +151,14 @@ mod verbs {
 
     #[test]
     #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn tiny() {
+        same(Weights::Tiny(WeightMode::F32), FabricKind::Verbs, 2, 512);
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
     fn with_prefixes() {
-        prefixes(Weights::Fake, FabricKind::Verbs);
+        prefixes(Weights::Tiny(WeightMode::F32), FabricKind::Verbs);
     }
 }
 

@@ -2,6 +2,8 @@
 
 use kvpush::fabric::FabricKind;
 
+use kvpush_engine::model::WeightMode;
+
 use super::fixture::{Ask, Chosen, Pair, Weights, block_bytes, content};
 
 fn reshard(weights: Weights, fabric: FabricKind, ranks: (u32, u32), chunk: usize) -> Vec<Chosen> {
@@ -37,6 +39,46 @@ fn reshard(weights: Weights, fabric: FabricKind, ranks: (u32, u32), chunk: usize
     answer.tokens[0].clone()
 }
 
+/// The largest difference of log probabilities that another order of sums over ranks may make; far more than rounding
+/// does, far less than a wrong page.
+const BOUND: f32 = 1e-3;
+
+/// Sums over ranks are taken in another order, so logits differ by rounding. The same words, and close probabilities.
+fn agrees(weights: Weights, fabric: FabricKind, ranks: (u32, u32)) {
+    let wanted = reshard(weights, fabric, (1, 1), 512);
+    let found = reshard(weights, fabric, ranks, 32);
+    for (place, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+        assert_eq!(found.0, wanted.0, "{weights:?}, {ranks:?}, token {place}");
+        let bits = |all: &[(u32, u32)], id| {
+            let found = all.iter().find(|(other, _)| *other == id);
+            found.map(|(_, bits)| f32::from_bits(*bits))
+        };
+        // The unlikeliest may have changed places with those that are not listed.
+        for (id, value) in wanted.1.iter().take(100) {
+            let value = f32::from_bits(*value);
+            let found = bits(&found.1, *id).expect("it is among the likeliest");
+            let difference = (found - value).abs();
+            assert!(
+                difference <= BOUND,
+                "{weights:?}, {ranks:?}, token {place}: {found} for {value}"
+            );
+        }
+    }
+}
+
+#[test]
+fn tiny_over_tcp() {
+    agrees(Weights::Tiny(WeightMode::F32), FabricKind::Tcp, (4, 2));
+    agrees(Weights::Tiny(WeightMode::F32), FabricKind::Tcp, (2, 4));
+    agrees(Weights::TinyThree(WeightMode::F32), FabricKind::Tcp, (3, 1));
+}
+
+#[test]
+fn tiny_over_shared_memory() {
+    agrees(Weights::TinyThree(WeightMode::F32), FabricKind::Shm, (1, 3));
+    agrees(Weights::Tiny(WeightMode::F32), FabricKind::Shm, (4, 1));
+}
+
 /// In a guest: `cargo xtask rxe`.
 mod verbs {
     use super::*;
@@ -46,6 +88,17 @@ mod verbs {
     fn fake() {
         let wanted = reshard(Weights::Fake, FabricKind::Verbs, (4, 2), 512);
         assert!(reshard(Weights::Fake, FabricKind::Verbs, (1, 3), 32) == wanted);
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask rxe"]
+    fn tiny() {
+        agrees(Weights::Tiny(WeightMode::F32), FabricKind::Verbs, (4, 2));
+        agrees(
+            Weights::TinyThree(WeightMode::F32),
+            FabricKind::Verbs,
+            (1, 3),
+        );
     }
 }
 
