@@ -5,10 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvpush::endpoint::{ArrivalError, DrainReport, IssueError, PeerError, PushError};
+use kvpush::endpoint::{
+    ArrivalError, DrainReport, IssueError, PeerError, PushError, telemetry::EventKind,
+};
 
 use crate::{
-    fixture::{Cache, Fabric, LONG},
+    fixture::{Cache, Fabric, LONG, soon},
     mover,
     transfers::{plain, push},
 };
@@ -31,6 +33,12 @@ pub(crate) fn a_drain_lets_pushes_finish(fabric: &Fabric) {
         let draining = if reader_drains { &decode } else { &prefill };
         // Not left to the thread that waits: a grant issued until it gets there would count as an unopened one.
         draining.start_drain(LONG);
+        // What ends before the driver hears of it is not the drain's.
+        soon("the driver drains", || {
+            let record = draining.flight_record();
+            let mut events = record.events().iter();
+            events.any(|event| event.kind == EventKind::Draining)
+        });
         let report = thread::scope(|scope| {
             let drained = scope.spawn(|| draining.drain_blocking(LONG));
             let of = if reader_drains { &destination } else { &source };

@@ -14,7 +14,7 @@ use kvpush::{
 };
 
 use crate::{
-    fixture::{Cache, Fabric, LONG, Random, seed},
+    fixture::{Cache, Fabric, LONG, Random, seed, soon},
     mover,
     transfers::{plain, push, shape},
 };
@@ -23,15 +23,6 @@ const HEADS: HeadRange = HeadRange { first: 0, count: 4 };
 
 fn bind(builder: Builder) -> kvpush::Endpoint {
     builder.bind("127.0.0.1:0").expect("start an endpoint")
-}
-
-/// Waits for what another thread does soon.
-fn soon(what: &str, done: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < LONG, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Closes a pool that nobody uses. The driver may still be about to let go of the last user.

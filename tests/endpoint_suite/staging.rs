@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering::SeqCst},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use kvpush::{
@@ -15,7 +15,7 @@ use kvpush::{
 
 use crate::{
     far::testing::{Device, Far},
-    fixture::{Cache, Fabric, LONG, POISON, Random, seed},
+    fixture::{Cache, Fabric, LONG, POISON, Random, seed, soon},
     mover,
     transfers::{plain, push, shape},
 };
@@ -68,14 +68,6 @@ fn device(delay: u64) -> Arc<Device> {
     let device = Device::default();
     device.delay.store(delay, SeqCst);
     Arc::new(device)
-}
-
-fn soon(what: &str, done: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < LONG, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 pub(crate) fn everything_arrives_through_host_memory(fabric: &Fabric) {
