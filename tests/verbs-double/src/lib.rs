@@ -9,7 +9,7 @@
 //! completion queue that overflows is broken, a write with immediate that meets no receive fails the queue pair, a queue
 //! pair in the error state flushes. Only signalled requests make completions, and those that fail.
 //!
-//! Bytes are not moved, and keys are not looked at, but for inline payload, or when [`control::double_move_bytes`] asks
+//! Bytes are not moved, and keys are not looked at, but for inline payload, or when `control::double_move_bytes` asks
 //! for both: that is how a test shows that the requests would have done what they should.
 //!
 //! What is not there: memory windows, dmabufs, asynchronous events, sends other than one-sided writes and reads.
